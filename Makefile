@@ -1,0 +1,58 @@
+# `make demo` and `make test` set everything up by themselves, in .venv.
+#
+#   make test PYTHON=python3.13       another interpreter (3.11 or newer) for a .venv that does not exist yet
+#   make install TORCH_FLAGS="..."    extra pip flags for torch alone, for instance the --index-url
+#                                     of its CPU or CUDA builds
+#   make test WORKERS=8 ARGS="-k lora"
+
+PYTHON ?= python3
+TORCH_FLAGS ?=
+WORKERS ?= 2
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# each worker is a process: one thread each, or they fight over the cores
+PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
+          $(BIN)/python -m pytest -n $(WORKERS)
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-all lint format clean
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+install: $(STAMP) ## create .venv and install the library, the demo's model and the development tools
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "deltaworks needs Python 3.11 or newer; this is " + sys.version.split()[0])'
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and alone: unconstrained, pip may choose another build of several gigabytes
+$(STAMP): pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) install $(TORCH_FLAGS) -c constraints.txt "$$(grep '^torch==' constraints.txt)"
+	$(PIP) install -c constraints.txt -e '.[demo,dev]'
+	@touch $@
+
+demo: $(STAMP) ## compare methods on a real pretrained model, without network; writes runs/demo/report.html
+	$(BIN)/deltaworks compare --protocol quick --out runs/demo
+
+test: $(STAMP) ## the tests, without the slow ones
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-all: $(STAMP) ## all tests
+	$(PYTEST) $(ARGS)
+
+lint: $(STAMP) ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP) ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove .venv and the caches; runs/ stays
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache dist build
