@@ -155,12 +155,14 @@ def gpt2() -> tuple[nn.Module, Inputs]:
         embd_pdrop=0.0,
         attn_pdrop=0.0,
         resid_pdrop=0.0,
-        loss_type="ForCausalLM",  # unset, transformers logs a warning, which breaks a full-graph compilation
         pad_token_id=PAD,
         bos_token_id=1,
         eos_token_id=2,
     )
-    return hf.GPT2LMHeadModel(config), _language()
+    model = hf.GPT2LMHeadModel(config)
+    # it cannot be read from the class name, and the warning about it breaks a full-graph compilation
+    model.loss_type = "ForCausalLM"
+    return model, _language()
 
 
 # Encoders -----------------------------------------------------------------------------------------------
