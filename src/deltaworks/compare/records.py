@@ -1,0 +1,290 @@
+"""The record of one run: a JSON file that says everything a comparison needs, and nothing reads more."""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+
+from deltaworks.core.errors import UserError
+from deltaworks.store.files import read_json, write_atomically
+
+FORMAT = "deltaworks.record"
+SCHEMA_VERSION = 1
+
+Status = Literal["finished", "diverged", "failed", "interrupted"]
+
+Count = Annotated[int, Field(ge=0)]
+Amount = Annotated[float, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0)]
+
+
+def plain(value: Any) -> Any:
+    """``value`` as JSON can hold it: non-finite numbers become None, array scalars numbers, the rest text.
+
+    Mappings and sequences are walked; pydantic models are left to pydantic.
+    """
+    if value is None or isinstance(value, bool | int | str | BaseModel):
+        return value
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, set | frozenset):
+        return sorted((plain(item) for item in value), key=str)
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):
+        return plain(value.item())
+    if hasattr(value, "isoformat"):
+        return value
+    return str(value)
+
+
+class _Part(BaseModel):
+    """What every part of a record shares: unknown fields are errors, NaN and infinities become None."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plain(cls, data: Any) -> Any:
+        return plain(data) if isinstance(data, dict) else data
+
+
+class Counts(_Part):
+    """Sizes of what a run trains and stores."""
+
+    trainable: Count = Field(description="values the method trains, the head not counted")
+    changed: Count = Field(description="values of the model that differ after merging, the head not counted")
+    stored_bytes: Count = Field(description="bytes of the saved delta on disk")
+    head: Count = Field(default=0, description="values of the head that is trained with every method")
+
+
+class RankOfChange(_Part):
+    """Numerical rank of the weight changes of one role."""
+
+    median: Amount
+    max: Amount
+
+
+class ModelFacts(_Part):
+    """The frozen model."""
+
+    id: str
+    parameters: Count
+
+
+class DataFacts(_Part):
+    """The data set."""
+
+    name: str
+    digest: str = Field(description="hash of the data in its order; equal digests may be compared")
+    task: str
+    labels: list[str] = Field(default_factory=list)
+    sizes: dict[str, Count] = Field(default_factory=dict, description="examples by split")
+
+
+class Trial(_Part):
+    """One learning rate that was tried; the score is None where the run diverged."""
+
+    rate: Rate
+    score: float | None = None
+
+
+class CurvePoint(_Part):
+    """One moment of training: the mean training loss since the last point, the validation score if taken."""
+
+    step: Count
+    loss: float | None = None
+    validation: float | None = None
+
+
+class Validation(_Part):
+    """Scores on the validation split."""
+
+    last: float | None = None
+    best: float | None = None
+
+
+class Score(_Part):
+    """The score on the test split, read once with the final weights."""
+
+    metric: str = "accuracy"
+    score: float | None = None
+    higher_is_better: bool = True
+    correct: str | None = Field(
+        default=None,
+        pattern=r"^[01]*$",
+        description="1 for each test example answered right, in data order",
+    )
+
+
+class Record(_Part):
+    """Everything one run leaves behind. Memory is in bytes, time in seconds, rates per second."""
+
+    format: Literal["deltaworks.record"] = "deltaworks.record"
+    schema_version: Literal[1] = 1
+    run_id: str = Field(default="", pattern=r"^([0-9A-Za-z][0-9A-Za-z_.-]{0,99})?$")
+    status: Status
+    message: str = ""
+
+    method: str = Field(min_length=1, description="the spec, such as 'lora[rank=16]'")
+    name: str = Field(default="", description="for people; the spec where empty")
+    family: str = Field(default="", description="path in the taxonomy, such as 'reparametrized/low-rank'")
+    paper: str = ""
+    config: dict[str, JsonValue] = Field(default_factory=dict)
+    targets: str = ""
+    sites: Count = 0
+
+    counts: Counts
+    rank: dict[str, RankOfChange] = Field(default_factory=dict, description="rank of the change by role")
+    model: ModelFacts
+    dtypes: dict[str, str] = Field(default_factory=dict, description="such as base, trained, compute")
+
+    optimizer: str = ""
+    learning_rates: list[Trial] = Field(default_factory=list)
+    learning_rate: Rate | None = None
+    learning_rate_split: str = Field(default="", description="the split the learning rate was chosen on")
+    steps: Count
+    epochs: Amount | None = None
+    batch_size: Annotated[int, Field(ge=1)]
+    examples: Count = Field(default=0, description="training examples seen, repetitions counted")
+    seed: int = 0
+
+    curve: list[CurvePoint] = Field(default_factory=list)
+    validation: Validation = Field(default_factory=Validation)
+    test: Score | None = None
+
+    peak_memory_bytes: Count | None = None
+    peak_memory_includes: str = Field(default="", description="such as 'resident memory of the process'")
+    saved_activation_bytes: Count | None = None
+    training_samples_per_second: Amount | None = None
+    inference_samples_per_second: Amount | None = None
+    training_tokens_per_second: Amount | None = None
+    inference_tokens_per_second: Amount | None = None
+    wall_seconds: Amount | None = None
+    hardware: str = ""
+    versions: dict[str, str] = Field(default_factory=dict)
+    merge_error: Amount | None = Field(default=None, description="largest output difference after merging")
+
+    data: DataFacts
+    started: AwareDatetime | None = None
+    finished: AwareDatetime | None = None
+    details: dict[str, JsonValue] = Field(default_factory=dict, description="what the procedure did")
+
+    @model_validator(mode="after")
+    def _complete(self) -> "Record":
+        if not self.name:
+            self.name = self.method
+        if not self.run_id:
+            self.run_id = run_key(
+                model=self.model.id,
+                data_digest=self.data.digest,
+                task=self.data.task,
+                method=self.method,
+                config=self.config,
+                targets=self.targets,
+                learning_rate=self.learning_rate,
+                seed=self.seed,
+                steps=self.steps,
+                batch_size=self.batch_size,
+                dtype=self.dtypes,
+            )
+        return self
+
+    def write(self, folder: str | os.PathLike[str]) -> Path:
+        """Write the record to ``folder/<run_id>.json``, atomically; a rerun of the same run replaces it.
+
+        Raises:
+            UserError: the file cannot be written.
+            pydantic.ValidationError: a field was set to a value that a record cannot hold.
+        """
+        checked = type(self).model_validate(self.model_dump())
+        path = Path(folder) / f"{checked.run_id}.json"
+        text = json.dumps(checked.model_dump(mode="json"), indent=1, ensure_ascii=False, allow_nan=False)
+        write_atomically(path, text + "\n")
+        return path
+
+
+def _canonical(value: Any) -> Any:
+    """``value`` with 16.0 and 16 made the same, so that equal settings give equal keys."""
+    if isinstance(value, dict):
+        return {key: _canonical(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_canonical(item) for item in value]
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
+
+
+def run_key(
+    *,
+    model: str,
+    data_digest: str,
+    method: str,
+    config: Mapping[str, Any],
+    learning_rate: float | None,
+    seed: int,
+    steps: int,
+    batch_size: int,
+    task: str,
+    dtype: str | Mapping[str, str],
+    targets: str = "",
+) -> str:
+    """The run id: 16 hexadecimal digits that are the same wherever and whenever the same run is made."""
+    settings = {
+        "model": model,
+        "data": data_digest,
+        "method": method,
+        "config": plain(config),
+        "learning_rate": learning_rate,
+        "seed": seed,
+        "steps": steps,
+        "batch_size": batch_size,
+        "task": task,
+        "dtype": plain(dtype),
+        "targets": targets,
+    }
+    text = json.dumps(_canonical(plain(settings)), sort_keys=True, allow_nan=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def _parse(path: Path, content: dict[str, Any]) -> Record:
+    version = content.get("schema_version")
+    if isinstance(version, int) and version > SCHEMA_VERSION:
+        raise UserError(
+            f"the record {str(path)!r} has schema version {version}, this deltaworks reads up to "
+            f"{SCHEMA_VERSION}: update deltaworks"
+        )
+    try:
+        return Record.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"]) or "the record"
+        raise UserError(f"the record {str(path)!r} is broken: {place}: {first['msg']}") from error
+
+
+def read_records(folder: str | os.PathLike[str]) -> list[Record]:
+    """All records in ``folder``, ordered by method, seed and run id.
+
+    Hidden files, other endings and JSON files that do not call themselves records are ignored.
+
+    Raises:
+        UserError: the folder is missing, or a record is broken or newer than this library; names the file.
+    """
+    place = Path(folder)
+    if not place.is_dir():
+        raise UserError(f"there are no records: {str(place)!r} is not a folder")
+    records = []
+    for path in sorted(place.glob("*.json")):
+        if path.name.startswith(".") or not path.is_file():
+            continue
+        content = read_json(path)
+        if isinstance(content, dict) and content.get("format") == FORMAT:
+            records.append(_parse(path, content))
+    return sorted(records, key=lambda record: (record.method, record.seed, record.run_id))

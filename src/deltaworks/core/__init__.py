@@ -1,0 +1,1 @@
+"""Forms, sites, anatomy, attaching and the registry: the engine, which knows no method."""

@@ -1,0 +1,114 @@
+"""Which adapters of a model act now: data that every wrapped module of the model reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from deltaworks.core.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from deltaworks.core.delta import Delta
+
+
+class Tap:
+    """A value seen inside one module and needed in another one, within one forward pass."""
+
+    def __init__(self, side: str) -> None:
+        self.side = side  # "input", "output", or "mask" (the token mask of a trunk)
+        self.value: Any = None
+
+
+class Board:
+    """The adapters of one model and which of them act. Switching changes this object and nothing else.
+
+    ``index`` holds the position of the acting adapter among ``deltas`` as a tensor, so that a compiled graph
+    reads it as data; ``rows`` maps the rows of a batch to positions in ``row_names`` (-1: none).
+    """
+
+    def __init__(self) -> None:
+        self.deltas: dict[str, Delta] = {}
+        self.wanted: tuple[str, ...] = ()
+        self.active: tuple[str, ...] = ()
+        self.index = torch.zeros(1, dtype=torch.long)
+        self.rows: Tensor | None = None
+        self.row_names: tuple[str, ...] = ()
+        self.frozen: dict[str, bool] = {}  # requires_grad of the base before the first attach
+
+    def show(self, names: Iterable[str]) -> None:
+        """Make exactly these adapters act (merged ones are in the weights already)."""
+        self.wanted = tuple(names)
+        self.active = tuple(name for name in self.wanted if not self.deltas[name].merged)
+        if len(self.active) == 1:
+            self.index.fill_(list(self.deltas).index(self.active[0]))
+
+    def check(self, names: Sequence[str | None]) -> None:
+        for name in names:
+            if name is not None and name not in self.deltas:
+                raise UserError(f"no adapter is called {name!r} here: {nearest(str(name), self.deltas)}")
+
+
+def board_of(model: nn.Module) -> Board | None:
+    """The board of a model that has adapters (found on any of its modules), else None."""
+    for module in model.modules():
+        board = module.__dict__.get("_board")
+        if board is not None:
+            return board
+    return None
+
+
+def require_board(model: nn.Module) -> Board:
+    board = board_of(model)
+    if board is None:
+        raise UserError(f"{type(model).__name__} has no adapter: attach one first with dw.attach(model, 'lora')")
+    return board
+
+
+def switch(model: nn.Module, names: str | Sequence[str] | None) -> None:
+    """Let one adapter, several, or none act. O(1): no tensor moves, nothing is compiled again.
+
+    Several adapters add up where each is a change of the weight by addition, and stack in the given order where
+    they wrap an operation. Raises UserError for an unknown name or for adapters that cannot act together.
+    """
+    board = require_board(model)
+    chosen = [] if names is None else [names] if isinstance(names, str) else list(names)
+    board.check(chosen)
+    if len(chosen) > 1:
+        unsummable = [
+            name for name in chosen for tuner in board.deltas[name].tuners() if tuner.form() == 2 and not tuner.adds
+        ]
+        if len(set(unsummable)) > 1 or (unsummable and len(chosen) > 1):
+            raise UserError(
+                f"adapter {unsummable[0]!r} ({board.deltas[unsummable[0]].config}) replaces the weight it finds, "
+                "so it cannot be summed with others: switch to one of them"
+            )
+    board.show(chosen)
+
+
+@contextmanager
+def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
+    """One adapter for each row of the batch: ``with dw.rows(model, ["support", None, "sales"]): model(**batch)``.
+
+    Adapters that are low-rank factors are applied as one batched product; other weight changes and operations
+    on single modules row by row. Raises UserError for unknown names and for adapters that cannot be mixed.
+    """
+    board = require_board(model)
+    board.check(names)
+    used = tuple(dict.fromkeys(name for name in names if name is not None))
+    for name in used:
+        delta = board.deltas[name]
+        if delta.merged:
+            raise UserError(f"adapter {name!r} is merged into the weights: unmerge it before mixing rows")
+        if limit := delta.limit("rows"):
+            raise UserError(f"adapter {name!r} cannot be one row of a mixed batch: {limit}")
+    before = board.rows, board.row_names
+    board.row_names = used
+    board.rows = torch.tensor([used.index(name) if name is not None else -1 for name in names])
+    try:
+        yield
+    finally:
+        board.rows, board.row_names = before

@@ -1,0 +1,408 @@
+"""Attaching: the adapters of a model, their tensors, counts and what can be done with them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltaworks.core.anatomy import Anatomy, Place, anatomy
+from deltaworks.core.board import Board, Tap, board_of
+from deltaworks.core.errors import UserError
+from deltaworks.core.forms import Replacement, Tuner
+from deltaworks.core.procedure import Procedure, Procedures
+from deltaworks.core.registry import Config, configure
+from deltaworks.core.report import Report, report
+from deltaworks.core.sites import Site, base_tensors, effective, to_matrix, unwrap, wrap
+
+OPERATIONS_WITH_PARAMETERS = ("linear", "conv1d", "conv2d", "embedding", "norm", "parameters")
+
+
+@dataclass
+class Attached:
+    """One tuner at its place: ``key`` names it in files, ``member`` is its method's position in a composition."""
+
+    key: str
+    member: int
+    place: Place
+    tuner: Tuner
+
+
+def attach(
+    model: nn.Module,
+    method: str | Config,
+    *,
+    name: str = "default",
+    also: Sequence[str] | str = (),
+    seed: int = 0,
+    **options: Any,
+) -> Delta:
+    """Put an adapter around operations of ``model``, which stays the same object, changed in place.
+
+    ``method`` is a name, a composition string or a configuration; ``options`` are its options. ``also`` are
+    targets that are trained in full and saved with the adapter (a fresh classifier). ``seed`` decides all that
+    is random. The base is frozen, the new adapter is the one that acts. Returns its handle. Raises UserError for
+    an unknown method, option or target, before anything is changed.
+    """
+    config = configure(method, **options)
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        raise UserError(f"an adapter's name is made of letters, digits, '-' and '_', unlike {name!r}")
+    board = board_of(model) or Board()
+    if name in board.deltas:
+        raise UserError(f"an adapter called {name!r} is there already: detach it or give another name=")
+    if any(delta.merged for delta in board.deltas.values()):
+        raise UserError("an adapter is merged into the weights: unmerge it before attaching another one")
+    also = [also] if isinstance(also, str) else list(also)
+    delta = Delta(model, name, config, also, seed, board)
+    delta._install()
+    return delta
+
+
+class Delta:
+    """The handle of one adapter on one model: its tuners, its configuration and its procedure."""
+
+    def __init__(
+        self, model: nn.Module, name: str, config: Config, also: list[str], seed: int, board: Board
+    ) -> None:
+        self.model, self.name, self.config, self.also, self.seed, self.board = model, name, config, also, seed, board
+        self.merged = False
+        self.anatomy: Anatomy = next(iter(board.deltas.values())).anatomy if board.deltas else anatomy(model)
+        self._taps: list[tuple[nn.Module, Tap]] = []
+        self._before: dict[str, dict[str, Tensor | None]] = {}
+        self.attached: list[Attached] = self._build()
+        members = [member.procedure(self) for member in self.members]
+        present = [member for member in members if member is not None]
+        self.procedure: Procedure = present[0] if len(present) == 1 else Procedures(self, present)
+
+    @property
+    def members(self) -> list[Config]:
+        """The methods that this adapter is made of."""
+        return self.config.parts()
+
+    def _build(self) -> list[Attached]:
+        attached: list[Attached] = []
+        shared: dict[Hashable, Any] = {}
+        for member, config in enumerate(self.members):
+            for key, sentence in config.limits.items():
+                family = type(getattr(self.model, "config", None)).__name__.removesuffix("Config").lower()
+                if key == f"family:{family}":
+                    raise UserError(f"{config.name} does not work on {type(self.model).__name__}: {sentence}")
+            for place in config.places(self.anatomy):
+                attached.append(self._make(config.tuner, member, place, shared, config))
+        for place in self.anatomy.select(self.also, OPERATIONS_WITH_PARAMETERS) if self.also else []:
+            if place.part is None:
+                attached.append(self._make(Replacement, len(self.members), place, shared, None))
+        if not attached:
+            raise UserError(f"{self.config} has nothing to tune in {type(self.model).__name__}: give targets")
+        return attached
+
+    def _make(self, make: Any, member: int, place: Place, shared: dict[Hashable, Any], config: Any) -> Attached:
+        site = Site(place, self.model, self.anatomy, self.seed, shared)
+        site.member = member
+        tuner: Tuner = make(site)
+        tuner.place, tuner.config = place, config
+        tuner.train(self.model.training)
+        self._taps += site.taps
+        key = place.path or "(model)"
+        if place.part is not None:
+            key += f"[{place.role}]"
+        if len(self.members) > 1 and member < len(self.members):
+            key += f"<{member}>"
+        return Attached(key, member, place, tuner)
+
+    def _install(self) -> None:
+        board, model = self.board, self.model
+        if not board.deltas:
+            board.frozen = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+            model.requires_grad_(False)
+        board.deltas[self.name] = self
+        for item in self.attached:
+            module = model.get_submodule(item.place.path)
+            wrap(module, board)
+            if self.name not in module.deltas:
+                module.deltas[self.name] = nn.ModuleList()
+            module.deltas[self.name].append(item.tuner)
+            module._alike = _alike(module)
+            if item.place.kind == "sublayer" and item.place.entry is not None and "_entry_tap" not in module.__dict__:
+                tap = Tap("input")
+                module.__dict__["_entry_tap"] = tap
+                self._tap(model.get_submodule(item.place.entry), tap)
+            if item.place.kind == "trunk":
+                self._prepare_trunk(module, item.place)
+        for module, tap in self._taps:
+            self._tap(module, tap)
+        board.show([self.name])
+
+    def _tap(self, module: nn.Module, tap: Tap) -> None:
+        wrap(module, self.board)
+        module._taps.append(tap)  # type: ignore[union-attr, operator]
+
+    def _prepare_trunk(self, module: Any, place: Place) -> None:
+        decoders = [other for other in self.anatomy.places if other.kind == "trunk" and other.stack == "decoder"]
+        module._keeps_inserted = place.stack == "encoder" and bool(decoders)
+        if module._keeps_inserted:
+            for other in decoders:
+                decoder: Any = self.model.get_submodule(other.path)
+                wrap(decoder, self.board)
+                decoder._widens = True
+        causal = any(getattr(inner, "is_causal", False) is True for inner in module.modules())
+        module._counts_positions = causal and "position_ids" in module._argument_names
+        for other in self.anatomy.places:
+            if other.role == "embedding.position" and other.stack == place.stack and other.kind == "embedding":
+                module._longest = base_tensors(self.model.get_submodule(other.path))["weight"].shape[0]
+
+    # ------------------------------------------------------------------ what it holds
+
+    def tuners(self) -> list[Tuner]:
+        """Every tuner, in model order."""
+        return [item.tuner for item in self.attached]
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Trained parameters with the names they have in files; what is shared comes once."""
+        seen: set[int] = set()
+        for item in self.attached:
+            for name, parameter in item.tuner.named_parameters():
+                if id(parameter) not in seen and parameter.requires_grad:
+                    seen.add(id(parameter))
+                    yield f"{item.key}.{name}", parameter
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters to train."""
+        return [parameter for _, parameter in self.named_parameters()]
+
+    def parameter_groups(self, rate: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+        """Groups for a torch optimizer: each tensor with its method's learning rate and decay."""
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        seen: set[int] = set()
+        for item in self.attached:
+            for name, parameter in item.tuner.named_parameters():
+                if id(parameter) in seen or not parameter.requires_grad:
+                    continue
+                seen.add(id(parameter))
+                decay = weight_decay if item.tuner.decays else 0.0
+                groups.setdefault((rate * item.tuner.rates.get(name, 1.0), decay), []).append(parameter)
+        return [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()]
+
+    def tensors(self, *, training: bool = False) -> dict[str, Tensor]:
+        """What a checkpoint holds, by name; ``training`` keeps what only further training needs."""
+        return {key: tensor for key, (tensor, canonical) in self._stored(training).items() if key == canonical}
+
+    def _stored(self, training: bool) -> dict[str, tuple[Tensor, str]]:
+        first: dict[Hashable, str] = {}
+        stored = {}
+        for item in self.attached:
+            own = Tuner.stored(item.tuner) if training else item.tuner.stored()
+            for name, tensor in own.items():
+                key = f"{item.key}.{name}"
+                shares = isinstance(tensor, Tensor) and tensor.numel() > 0 and tensor.device.type != "meta"
+                same = (tensor.data_ptr(), tensor.shape, tensor.dtype) if shares else key
+                stored[key] = (tensor, first.setdefault(same, key))
+        return stored
+
+    def restore(self, tensors: Mapping[str, Tensor], *, training: bool = False) -> None:
+        """Take back what ``tensors`` gave. Raises UserError that names what is missing, left over or misshapen."""
+        expected = self._stored(training)
+        canonical = {key for key, (_, first) in expected.items() if key == first}
+        missing, extra = sorted(canonical - tensors.keys()), sorted(tensors.keys() - canonical)
+        loose = {item.key for item in self.attached if type(item.tuner).restore is not Tuner.restore} - {""}
+        missing = [key for key in missing if not any(key.startswith(f"{item}.") for item in loose)]
+        extra = [key for key in extra if not any(key.startswith(f"{item}.") for item in loose)]
+        if missing or extra:
+            problem = f"misses {missing[0]!r}" if missing else f"holds {extra[0]!r}, which this model has no place for"
+            more = len(missing) + len(extra) - 1
+            raise UserError(f"the checkpoint {problem}" + (f" (and {more} more)" if more else ""))
+        for key, value in tensors.items():
+            if value.is_floating_point() and value.device.type != "meta" and not bool(torch.isfinite(value).all()):
+                raise UserError(f"the checkpoint's tensor {key!r} holds values that are not finite")
+        for item in self.attached:
+            prefix = f"{item.key}."
+            own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            own |= {
+                key.removeprefix(prefix): tensors[first]
+                for key, (_, first) in expected.items()
+                if key.startswith(prefix) and first != key and first in tensors
+            }
+            restore = Tuner.restore if training else type(item.tuner).restore
+            try:
+                restore(item.tuner, own)
+            except UserError as error:
+                raise UserError(f"the checkpoint does not fit {item.key!r}: {error}") from None
+
+    # ------------------------------------------------------------------ what can be done with it
+
+    def limit(self, what: str) -> str | None:
+        """The sentence that says why this adapter cannot do something, or None where it can."""
+        for member in self.members:
+            if what in member.limits:
+                return member.limits[what]
+        if what == "merge" and (tuner := next((t for t in self.tuners() if t.form() == 3), None)) is not None:
+            return f"{type(tuner).__name__} computes something that no single weight can hold"
+        if what == "rows":
+            odd = next((i for i in self.attached if i.place.kind in ("sublayer", "block", "trunk", "keyvalue")), None)
+            if odd is not None:
+                return f"it stands around {odd.place.role}, which sees the whole batch at once"
+        return None
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """The model without this adapter."""
+        if self.merged:
+            raise UserError(f"adapter {self.name!r} is merged into the weights: unmerge it to disable it")
+        before = self.board.wanted
+        self.board.show([name for name in before if name != self.name])
+        try:
+            yield
+        finally:
+            self.board.show(before)
+
+    def merge(self, *, keep_base: bool = True) -> None:
+        """Write the change into the base weights, computed in float32 or wider.
+
+        With ``keep_base=False`` the originals are dropped and the wrappers removed: a plain model remains, and
+        this handle is spent. Raises UserError for methods that no weight can hold and for tied weights.
+        """
+        if limit := self.limit("merge"):
+            raise UserError(f"{self.config} cannot be merged: {limit}")
+        if self.merged:
+            raise UserError(f"adapter {self.name!r} is merged already")
+        merged = {path: self._merged_values(path) for path in self._paths()}
+        self._check_ties(merged)
+        for path, values in merged.items():
+            module = self.model.get_submodule(path)
+            self._before[path] = {name: module._parameters[name] for name in values}
+            for name, value in values.items():
+                old = module._parameters[name]
+                new = nn.Parameter(value.to(device=old.device, dtype=old.dtype) if old is not None else value, False)
+                module._parameters[name] = new
+        self._retie()
+        self.merged = True
+        self.board.show(self.board.wanted)
+        if not keep_base:
+            self._before = {}
+            self.merged = False
+            self.detach()
+
+    def _paths(self) -> list[str]:
+        return list(dict.fromkeys(item.place.path for item in self.attached))
+
+    def _merged_values(self, path: str) -> dict[str, Tensor]:
+        module: Any = self.model.get_submodule(path)
+        base = base_tensors(module)
+        wide = {
+            name: None if tensor is None else tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
+            for name, tensor in base.items()
+        }
+        with torch.no_grad():
+            changed = effective(list(module.deltas[self.name]), wide)
+        values = {}
+        for name, value in changed.items():
+            if value is None or value is wide.get(name):
+                continue
+            if value.device.type != "meta" and not bool(torch.isfinite(value).all()):
+                raise UserError(f"merging {self.name!r} would make {path}.{name} hold values that are not finite")
+            values[name] = value.detach().clone(memory_format=torch.contiguous_format)
+        return values
+
+    def _check_ties(self, merged: dict[str, dict[str, Tensor]]) -> None:
+        for group in self.anatomy.tied:
+            values = [merged.get(path, {}).get(name) for path, _, name in (full.rpartition(".") for full in group)]
+            changed = [value for value in values if value is not None]
+            if changed and not (len(changed) == len(values) and all(torch.equal(changed[0], v) for v in changed[1:])):
+                raise UserError(
+                    f"{group[0]} and {group[1]} are one tied weight and only one of them is tuned: "
+                    "keep the adapter unmerged, or untie the model first (config.tie_word_embeddings=False)"
+                )
+
+    def _retie(self) -> None:
+        for group in self.anatomy.tied:
+            owners = [(self.model.get_submodule(full.rpartition(".")[0]), full.rpartition(".")[2]) for full in group]
+            first = owners[0][0]._parameters[owners[0][1]]
+            for owner, name in owners[1:]:
+                owner._parameters[name] = first
+
+    def unmerge(self) -> None:
+        """Put the base weights back, bit for bit."""
+        if not self.merged:
+            raise UserError(f"adapter {self.name!r} is not merged")
+        for path, values in self._before.items():
+            self.model.get_submodule(path)._parameters.update(values)  # type: ignore[arg-type]
+        self._before = {}
+        self.merged = False
+        self.board.show(self.board.wanted)
+
+    def detach(self) -> None:
+        """Take the adapter off; the base is bit-identical to what it was, and this handle is spent."""
+        if self.merged:
+            self.unmerge()
+        board, model = self.board, self.model
+        if board.deltas.get(self.name) is not self:
+            raise UserError(f"adapter {self.name!r} is detached already")
+        del board.deltas[self.name]
+        board.show(name for name in board.wanted if name != self.name)
+        touched = [model.get_submodule(path) for path in self._paths()]
+        for module in touched:
+            del module.deltas[self.name]  # type: ignore[union-attr, operator]
+            module._alike = _alike(module)  # type: ignore[assignment]
+        taps = {id(tap) for _, tap in self._taps}
+        for module in list(model.modules()):
+            if "_board" not in module.__dict__:
+                continue
+            entry = module.__dict__.get("_entry_tap")
+            if entry is not None and not len(module.deltas):  # type: ignore[arg-type]
+                taps.add(id(module.__dict__.pop("_entry_tap")))
+        trunks = [model.get_submodule(place.path) for place in self.anatomy.places if place.kind == "trunk"]
+        inserting = any("_board" in trunk.__dict__ and trunk._keeps_inserted and len(trunk.deltas) for trunk in trunks)  # type: ignore[arg-type]
+        for module in list(model.modules()):
+            if "_board" in module.__dict__:
+                module._taps = [tap for tap in module._taps if id(tap) not in taps]  # type: ignore
+                module._widens = bool(module._widens) and inserting  # type: ignore[assignment]
+                unwrap(module)
+        if not board.deltas:
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(board.frozen.get(name, True))
+
+    def change(self, item: Attached) -> Tensor | None:
+        """The change of the weight at one place as a float64 matrix [out, in]; None for form 3."""
+        if item.tuner.form() == 3:
+            return None
+        module = self.model.get_submodule(item.place.path)
+        base = {
+            name: None if tensor is None else tensor.detach().double() for name, tensor in base_tensors(module).items()
+        }
+        if base.get("weight") is None:
+            return None
+        with torch.no_grad():
+            after = effective([item.tuner], dict(base))
+        return to_matrix(item.place.kind, after["weight"].double() - base["weight"])
+
+    def report(self, *, ranks: bool = False) -> Report:
+        """Counts by role: trainable, changed, stored bytes and, if asked, the rank of the change."""
+        return report(self, ranks=ranks)
+
+    def save(self, folder: str | Path, *, training: bool = False) -> Path:
+        """Write the adapter into ``folder`` as safetensors and JSON; a crash leaves the old or the new one."""
+        from deltaworks.store.checkpoint import save  # the handle is the front door; the format lives in store
+
+        return save(self, folder, training=training)
+
+    def __repr__(self) -> str:
+        state = "merged" if self.merged else "acting" if self.name in self.board.active else "resting"
+        return f"Delta({self.name!r}: {self.config} on {type(self.model).__name__}, {len(self.attached)} sites, {state})"
+
+
+def _alike(module: Any) -> bool:
+    """Whether all adapters of a module have tuners of the same shape, so that one graph can serve them."""
+    board: Board = module._board
+    if list(module.deltas) != list(board.deltas):
+        return False
+    kinds = [
+        [(type(t), t.place, str(t.config), [(n, v.shape) for n, v in t.state_dict().items()]) for t in tuners]
+        for tuners in module.deltas.values()
+    ]
+    return all(kind == kinds[0] for kind in kinds[1:])

