@@ -69,11 +69,14 @@ def choose_columns(tables: list[Table], task: str | None = None, columns: dict[s
         if role not in ALL_ROLES:
             raise UserError(f"{role!r} is not a role of a column; {nearest(role, ALL_ROLES)}")
         check_column(first, column)
-    common = [name for name in first.columns if all(name in table.columns for table in tables)]
-    for names in (common, first.columns):
-        found = _guess(first, names, task, given)
-        if found is not None:
-            return _explained(first, found, task, given)
+    found = _guess(first, first.columns, task, given)
+    if found is not None:
+        common = [name for name in first.columns if all(name in table.columns for table in tables)]
+        # the same task from the columns that all tables share, where the first choice is not in all of them
+        shared = _guess(first, common, found[0], given)
+        if shared is not None and set(shared[1]) == set(found[1]):
+            found = shared
+        return _explained(first, found, task, given)
     wanted = f"the task {task!r} needs the columns {' and '.join(ROLES[task])}" if task else "no task fits"
     raise UserError(
         f"{first.source} has the columns {', '.join(map(repr, first.columns))}, of which {wanted}; say which is "
@@ -115,10 +118,10 @@ def _guess_roles(table: Table, names: list[str], task: str, given: dict[str, str
             label = given.get("label") or _label(table, names, {image or ""})
             return {"image": image, "label": label} if image and label else None
         case "pairs":
-            for text, pair in _matching(PAIR_NAMES, names, given, ("text", "pair")):
-                label = given.get("label") or _label(table, names, {*text.split("+"), *pair.split("+")})
+            for first, second in _matching(PAIR_NAMES, names, given, ("text", "pair")):
+                label = given.get("label") or _label(table, names, {*first.split("+"), *second.split("+")})
                 if label:
-                    return {"text": text, "pair": pair, "label": label}
+                    return {"text": first, "pair": second, "label": label}
             return None
         case "classification":
             # first the label: its values decide, and what is left may be the text
@@ -147,7 +150,7 @@ def _matching(
         if all(part in lowered for column in pair for part in column.split("+")):
             own = tuple("+".join(lowered[part] for part in column.split("+")) for column in pair)
             chosen = (given.get(roles[0], own[0]), given.get(roles[1], own[1]))
-            if chosen == own or set(roles) & set(given):
+            if chosen[0] != chosen[1] and (chosen == own or set(roles) & set(given)):
                 found.append(chosen)
     return found
 

@@ -197,7 +197,7 @@ def _hold_out(rows: list[Row], fraction: float, generator: random.Random) -> tup
     else:
         groups: dict[str, list[int]] = {}
         for index, row in enumerate(rows):
-            groups.setdefault(row.get("prompt", row.get("text", "")), []).append(index)
+            groups.setdefault(row["prompt"] if "prompt" in row else row["text"], []).append(index)
         order = list(groups.values())
         generator.shuffle(order)
         held_out = set()

@@ -204,9 +204,8 @@ def _sentence_encoder(folder: Path, labels: list[str], base: str) -> Loaded:
     config = _explained(base, AutoConfig.from_pretrained, str(folder))
     # the pooling layer of BERT is part of its next-sentence head, which sentence embedders do not use
     without_pooler = {"add_pooling_layer": False} if config.model_type in ("bert", "roberta", "xlm-roberta") else {}
-    encoder, info = _explained(base, AutoModel.from_pretrained, str(folder), output_loading_info=True, dtype=torch.float32,
-        **without_pooler,
-    )  # fmt: skip
+    options: dict[str, Any] = {"output_loading_info": True, "dtype": torch.float32, **without_pooler}
+    encoder, info = _explained(base, AutoModel.from_pretrained, str(folder), **options)
     _refuse_missing(base, "sentence encoder", info["missing_keys"])
     model = PooledClassifier(encoder, len(labels), _pooling(folder))
     vars(model.config).update(_label_maps(labels))

@@ -50,16 +50,18 @@ class PictureScaler:
         return pixels
 
 
-def scaler_of(source: str, config: Any, **options: Any) -> PictureScaler:
+def scaler_of(source: str, config: Any) -> PictureScaler:
     """The scaler that a published vision model asks for in its preprocessor_config.json."""
     from transformers.image_processing_base import ImageProcessingMixin
 
-    settings, _ = ImageProcessingMixin.get_image_processor_dict(source, **options)
-    size = settings.get("crop_size") or settings.get("size") or getattr(config, "image_size", 224)
-    if isinstance(size, dict):
+    settings, _ = ImageProcessingMixin.get_image_processor_dict(source)
+    size: Any = settings.get("crop_size") or settings.get("size") or getattr(config, "image_size", 224)
+    if isinstance(size, int):
+        height, width = size, size
+    elif isinstance(size, dict):
         shortest = size.get("shortest_edge", 224)
         height, width = size.get("height", shortest), size.get("width", shortest)
     else:
-        height, width = (size, size) if isinstance(size, int) else size
-    mean, std = settings.get("image_mean", [0.5]), settings.get("image_std", [0.5])
+        height, width = size
+    mean, std = settings.get("image_mean") or [0.5], settings.get("image_std") or [0.5]
     return PictureScaler(height, width, getattr(config, "num_channels", 3), tuple(mean), tuple(std))

@@ -24,12 +24,13 @@ class PooledClassifier(nn.Module):
     def __init__(self, encoder: nn.Module, labels: int, pooling: str = "mean") -> None:
         super().__init__()
         self.encoder = encoder
-        self.config: Any = encoder.config
-        self.config.num_labels = labels
+        config: Any = encoder.config
+        self.config = config
+        config.num_labels = labels
         self.pooling = pooling
-        self.classifier = nn.Linear(self.config.hidden_size, labels)
+        self.classifier = nn.Linear(config.hidden_size, labels)
         # the head of BERT (Devlin et al. 2019): normal with the encoder's own spread, no bias
-        nn.init.normal_(self.classifier.weight, std=getattr(self.config, "initializer_range", 0.02))
+        nn.init.normal_(self.classifier.weight, std=getattr(config, "initializer_range", 0.02))
         nn.init.zeros_(self.classifier.bias)
 
     def forward(

@@ -20,8 +20,11 @@ TEST_FRACTION = 0.2
 SPLIT_SEED = 0
 # folders that hold tests, third-party packages, compiled files or generated tables
 LEFT_OUT = frozenset(
-    ("test", "tests", "idle_test", "site-packages", "dist-packages", "lib-dynload", "__pycache__", "_bundled")
-    + ("pydoc_data", "turtledemo", "__phello__")
+    {
+        *("test", "tests", "idle_test", "turtledemo", "__phello__"),
+        *("site-packages", "dist-packages", "_bundled"),
+        *("lib-dynload", "__pycache__", "pydoc_data"),
+    }
 )
 
 
