@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable
 
 ATTENTION, CROSS_ATTENTION, MLP = SECTIONS = ("attention", "cross_attention", "mlp")
+UNKNOWN = ""  # a norm whose name says nothing
 
 _CROSS = re.compile(r"cross_?att|encoder_?att|enc_?dec_?att|^multihead_attn$", re.IGNORECASE)
 _ATTENTION = re.compile(r"attn|attention|(^|_)att(_|$)", re.IGNORECASE)
@@ -125,7 +126,7 @@ def in_order(path: str, owner: str) -> bool:
 
 
 def norm_section(path: str, siblings: Iterable[str]) -> str:
-    """The sub-layer ("other" for none) of a norm that lies directly in a block, from its name.
+    """The sub-layer of a norm that lies directly in a block, from its name; "other" for norms inside a sub-layer.
 
     Args:
         path: path of the norm inside the block.
@@ -139,7 +140,12 @@ def norm_section(path: str, siblings: Iterable[str]) -> str:
     for section, pattern in _NORM_PATTERNS:
         if pattern.fullmatch(path):
             return section
-    return "other"
+    return UNKNOWN
+
+
+def before_sublayer(path: str) -> bool:
+    """Whether the name of a block's norm says that it is applied to the input of a sub-layer."""
+    return re.fullmatch(r"input_layernorm|layernorm_before|pre_\w+|norm_?in", path) is not None
 
 
 def exits(section: str, siblings: Iterable[str]) -> list[str]:
