@@ -129,7 +129,7 @@ def some_records(count: int, seeds: int = 1, trouble: bool = True, salt: int = 0
         spec, name, family, trainable, accuracy, memory, speed = METHODS[index % len(METHODS)]
         repetition = index // len(METHODS)
         if repetition:
-            spec = f"{spec.split('[')[0]}[scale={repetition + 1}]"
+            spec = f"{spec.split('[')[0]}[scale={repetition + 1}]" + ("+parallel" if "+" in spec else "")
             trainable = int(trainable * 1.9**repetition)
             memory, speed, accuracy = memory * 1.06, speed * 0.93, accuracy - 0.006 * repetition
         if repetition and family == "baseline":
@@ -166,16 +166,13 @@ def some_records(count: int, seeds: int = 1, trouble: bool = True, salt: int = 0
                         head=HEAD,
                     ),
                     learning_rates=[
-                        Trial(rate=r, score=score - abs(math.log(r / rate)) / 50)
-                        for r in (1e-4, 3e-4, 1e-3, 3e-3)
+                        Trial(rate=r, score=score - abs(math.log(r / rate)) / 50) for r in (1e-4, 3e-4, 1e-3, 3e-3)
                     ],
                     learning_rate=rate,
                     seed=seed,
                     curve=_curve(chance, 600, accuracy - 0.004, diverges),
                     validation=Validation(last=score - 0.004, best=score - 0.002),
-                    test=None
-                    if status != "finished"
-                    else Score(score=score, correct="".join("01"[r] for r in right)),
+                    test=None if status != "finished" else Score(score=score, correct="".join("01"[r] for r in right)),
                     peak_memory_bytes=int(memory * 1e9 * chance.uniform(0.99, 1.01)),
                     training_samples_per_second=speed * chance.uniform(0.97, 1.03),
                     inference_samples_per_second=640 - 90 * (memory - 0.6) + chance.gauss(0, 6),

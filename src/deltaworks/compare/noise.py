@@ -37,10 +37,9 @@ def student_quantile(degrees: int, significance: float = SIGNIFICANCE) -> float:
     return high
 
 
-def wilson_interval(right: int, total: int) -> tuple[float, float]:
-    """The 95 % interval of a proportion (Wilson 1927)."""
+def wilson_interval(share: float, total: int) -> tuple[float, float]:
+    """The 95 % interval of a proportion ``share`` seen in ``total`` examples (Wilson 1927)."""
     z = 1.959963984540054
-    share = right / total
     centre = (share + z * z / (2 * total)) / (1 + z * z / total)
     half = z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
     return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))

@@ -50,6 +50,7 @@ class Row:
     family: str
     colour: str
     leads: bool
+    first: bool
     baseline: bool
     cells: list[Cell]
     scale: tuple[float, float, float] | None
@@ -115,7 +116,7 @@ def _title(sections: Sequence[dict[str, Any]]) -> str:
 def section(comparison: Comparison) -> dict[str, Any]:
     """What the template shows of one comparison."""
     run = comparison.any_run
-    families = family_colours([entry.any_run.family for entry in comparison.entries])
+    families = family_colours([_family(entry) for entry in comparison.entries])
     rows, drawn = table(comparison, families), plots(comparison, families)
     methods = sum(entry.baseline is None for entry in comparison.entries)
     baselines = len(comparison.entries) - methods
@@ -190,6 +191,10 @@ def family_colours(families: Sequence[str]) -> dict[str, tuple[str, int, str]]:
     return found
 
 
+def _family(entry: Entry) -> str:
+    return "baseline" if entry.baseline else entry.any_run.family
+
+
 def _top(family: str) -> str:
     top = family.split("/", 1)[0].strip() or "other"
     return "baseline" if top in ("baseline", "baselines", "reference") else top
@@ -204,7 +209,7 @@ def _legend(comparison: Comparison, families: dict[str, tuple[str, int, str]]) -
     """Group, colour number and number of entries, in the order of the colours."""
     counts: dict[tuple[str, int], int] = {}
     for entry in comparison.entries:
-        group, colour, _ = families[entry.any_run.family]
+        group, colour, _ = families[_family(entry)]
         counts[group, colour] = counts.get((group, colour), 0) + 1
     return [(group, colour, count) for (group, colour), count in sorted(counts.items(), key=lambda i: i[0][1])]
 
@@ -215,13 +220,14 @@ def _legend(comparison: Comparison, families: dict[str, tuple[str, int, str]]) -
 def _columns(comparison: Comparison) -> list[tuple[str, str, str]]:
     """Heading, its explanation, and the order of the first click."""
     measure = f"{comparison.split.capitalize()} {comparison.metric}"
+    includes = comparison.any_run.peak_memory_includes
     first = "descending" if not comparison.entries or comparison.entries[0].higher_is_better else "ascending"
     return [
         ("Method", "name, spec and family", "ascending"),
-        (measure, "mean over seeds with its 95 % interval", first),
+        (measure, "mean over seeds with its 95 % interval: the wider of that over seeds and over test examples", first),
         ("Trainable", "values the method trains, the head not counted", "ascending"),
         ("Stored", "bytes of the saved delta", "ascending"),
-        ("Peak memory", comparison.any_run.peak_memory_includes or "highest memory use", "ascending"),
+        ("Memory", f"at its peak; {includes}" if includes else "at its peak", "ascending"),
         ("Train time", "wall time of one run", "ascending"),
         ("Train /s", "training samples per second", "descending"),
         ("Infer /s", "inference samples per second", "descending"),
@@ -237,7 +243,7 @@ def table(comparison: Comparison, families: dict[str, tuple[str, int, str]]) -> 
     rows = []
     for index, entry in enumerate(comparison.entries):
         run = entry.any_run
-        group, colour, _ = families[run.family]
+        group, colour, _ = families[_family(entry)]
         scale = None
         if entry.score is not None:
             ends = entry.interval or (entry.score, entry.score)
@@ -246,10 +252,11 @@ def table(comparison: Comparison, families: dict[str, tuple[str, int, str]]) -> 
             Row(
                 index=index,
                 label=entry.label,
-                spec=run.method if run.method.lower() != entry.label.lower() else "",
-                family=run.family or group,
+                spec="" if entry.baseline else _spec_below(run.method, entry.label),
+                family="" if entry.baseline else run.family or group,
                 colour=str(colour),
                 leads=id(entry) in leaders and len(comparison.candidates) > 1,
+                first=entry is comparison.candidates[0] if comparison.candidates else False,
                 baseline=entry.baseline is not None,
                 cells=_cells(comparison, entry),
                 scale=scale,  # type: ignore[arg-type]
@@ -257,6 +264,13 @@ def table(comparison: Comparison, families: dict[str, tuple[str, int, str]]) -> 
         )
     _mark_best(rows)
     return rows
+
+
+def _spec_below(spec: str, label: str) -> str:
+    """The spec, unless the label says the same already."""
+    base, _, settings = spec.partition("[")
+    said = f"[{settings}" in label if settings else base.lower() == label.lower()
+    return "" if said or spec in label else spec
 
 
 def _range(comparison: Comparison) -> tuple[float, float]:
@@ -288,7 +302,7 @@ def _cells(comparison: Comparison, entry: Entry) -> list[Cell]:
         _measured(entry.peak_memory_bytes, show_bytes),
         _measured(entry.wall_seconds, show_seconds),
         *(_measured(speed, _show_speed) for speed in speeds),
-        Cell(_show_rates(rates), statistics.median(rates) if rates else None),
+        _rates(rates),
         Cell(str(finished) if finished == all_runs else f"{finished} of {all_runs}", finished),
     ]
 
@@ -306,11 +320,17 @@ def _show_speed(speed: float) -> str:
     return f"{speed:,.0f}" if speed >= 1000 else three_digits(speed)
 
 
-def _show_rates(rates: Sequence[float]) -> str:
+def _rates(rates: Sequence[float]) -> Cell:
+    """The chosen learning rates of the seeds, sorted: one, or the ends of their range."""
     if not rates:
-        return "–"
-    ends = [f"{rate:.2g}".replace("e-0", "e-") for rate in (rates[0], rates[-1])]
-    return ends[0] if ends[0] == ends[1] else f"{ends[0]} to {ends[1]}"
+        return Cell("–", None)
+    first, last = (_scientific(rate) for rate in (rates[0], rates[-1]))
+    return Cell(first, statistics.median(rates), "" if first == last else f"to {last}")
+
+
+def _scientific(value: float) -> str:
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
 
 
 def _mark_best(rows: Sequence[Row]) -> None:
@@ -349,7 +369,7 @@ def plots(comparison: Comparison, families: dict[str, tuple[str, int, str]]) -> 
     leaders = {id(entry) for entry in comparison.leaders}
     points = []
     for index, entry in enumerate(comparison.entries):
-        group, colour, symbol = families[entry.any_run.family]
+        group, colour, symbol = families[_family(entry)]
         points.append(
             {
                 "row": index,

@@ -58,19 +58,21 @@ class Entry:
 
     @cached_property
     def interval(self) -> tuple[float, float] | None:
-        """The 95 % interval of the score: over seeds (Student), or over test examples (Wilson) for one seed.
+        """The 95 % interval of the score, None where the records cannot give one.
 
-        None where the records cannot give one.
+        It covers the noise of the seeds (Student) and that of the test examples (Wilson), whichever is
+        wider; seeds that all score the same say nothing about noise.
         """
-        if len(self.scores) >= 2:
+        ends: list[tuple[float, float]] = []
+        if self.answers and self._answers_are_the_score:
+            share = statistics.fmean(self.scores)
+            ends.append(wilson_interval(share, len(self.answers[0])))
+        if len(self.scores) >= 2 and (spread := statistics.stdev(self.scores)) > 0:
             mean = statistics.fmean(self.scores)
-            spread = statistics.stdev(self.scores) / math.sqrt(len(self.scores))
-            half = student_quantile(len(self.scores) - 1) * spread
+            half = student_quantile(len(self.scores) - 1) * spread / math.sqrt(len(self.scores))
             low, high = mean - half, mean + half
-            return (max(0.0, low), min(1.0, high)) if self.is_proportion else (low, high)
-        if len(self.scores) == 1 and self.answers and self._answers_are_the_score:
-            return wilson_interval(self.answers[0].count("1"), len(self.answers[0]))
-        return None
+            ends.append((max(0.0, low), min(1.0, high)) if self.is_proportion else (low, high))
+        return max(ends, key=lambda pair: pair[1] - pair[0]) if ends else None
 
     @property
     def is_proportion(self) -> bool:
@@ -81,8 +83,10 @@ class Entry:
 
     @property
     def _answers_are_the_score(self) -> bool:
-        share = self.answers[0].count("1") / len(self.answers[0])
-        return abs(share - self.scores[0]) < 0.5 / len(self.answers[0])
+        return all(
+            abs(answers.count("1") / len(answers) - score) < 0.5 / len(answers)
+            for answers, score in zip(self.answers, self.scores, strict=True)
+        )
 
     @property
     def baseline(self) -> str | None:
@@ -197,9 +201,12 @@ def told_apart(first: Entry, second: Entry) -> bool:
     mine = {run.seed: score for run, score in zip(first.runs, first.scores, strict=True)}
     theirs = {run.seed: score for run, score in zip(second.runs, second.scores, strict=True)}
     shared = sorted(mine.keys() & theirs.keys())
+    differences = [mine[seed] - theirs[seed] for seed in shared]
     if len(shared) >= 2:
-        evidence.append(paired_p([mine[seed] - theirs[seed] for seed in shared]))
-    elif len(mine) >= 2 and len(theirs) >= 2:
+        # equal differences for all seeds say nothing about the noise between seeds
+        if max(differences) - min(differences) > 1e-9:
+            evidence.append(paired_p(differences))
+    elif len(mine) >= 2 and len(theirs) >= 2 and len({*first.scores}) + len({*second.scores}) > 2:
         evidence.append(welch_p(first.scores, second.scores))
     if first.answers and second.answers and len(first.answers[0]) == len(second.answers[0]):
         evidence.append(_answers_p(first.answers, second.answers))
@@ -228,8 +235,9 @@ def _latest_per_seed(runs: Iterable[Record]) -> list[Record]:
 def _named_spec(run: Record) -> str:
     """``LoRA [rank=16]``; the spec itself where methods are composed or no name is given."""
     _, bracket, settings = run.method.partition("[")
-    simple = bracket and settings.endswith("]") and not {"+", "["} & set(settings)
-    return f"{run.name} [{settings}" if simple and run.name != run.method else run.method
+    if run.name == run.method or {"+", "["} & set(settings):
+        return run.method
+    return f"{run.name} [{settings}" if bracket else run.name
 
 
 def _labels(runs: Sequence[Record]) -> list[str]:
