@@ -105,6 +105,11 @@ MORE: dict[str, Callable[[], nn.Module]] = {
     "beit": lambda: hf.BeitForImageClassification(
         hf.BeitConfig(**IMAGE, intermediate_size=64, vocab_size=64, layer_scale_init_value=0.0)
     ),
+    "mpnet": lambda: hf.MPNetForSequenceClassification(hf.MPNetConfig(**SIZES)),
+    "gpt1": lambda: hf.OpenAIGPTLMHeadModel(hf.OpenAIGPTConfig(vocab_size=64, n_embd=32, n_layer=2, n_head=4)),
+    "glm4": lambda: hf.Glm4ForCausalLM(hf.Glm4Config(**GROUPED, head_dim=8)),
+    "mpt": lambda: hf.MptForCausalLM(hf.MptConfig(d_model=32, n_heads=4, n_layers=2, vocab_size=64, max_seq_len=16)),
+    "nomic": lambda: hf.NomicBertModel(hf.NomicBertConfig(**SIZES)),
     "torch-pre": lambda: TorchEncoder(norm_first=True),
     "torch-post": lambda: TorchEncoder(norm_first=False),
 }
@@ -428,7 +433,7 @@ def test_sublayers_add_up(name: str) -> None:
     blocks = {path: (stack, i) for stack, found in places.blocks.items() for i, path in enumerate(found)}
     for block, (stack, index) in blocks.items():
         own = [place for place in sublayers if (place.stack, place.block) == (stack, index)]
-        assert [place.role for place in own if place.role != "cross_attention"] == ["attention", "mlp"]
+        assert sorted(place.role for place in own if place.role != "cross_attention") == ["attention", "mlp"]
         normed = [gave[path] for path in gave if path.startswith(block + ".") and "norm" in path.lower()]
         normed += [gave[path] for path in gave if path.startswith(block + ".") and ".ln_" in path]
         total = given[block]
@@ -631,6 +636,31 @@ def test_decoders_with_cross_attention() -> None:
         layer + "self",
         layer + "output.LayerNorm",
     )
+
+
+def test_hybrids_and_hierarchies() -> None:
+    mamba = hf.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=4)
+    places = anatomy(hf.MambaForCausalLM(mamba))
+    assert paths(places.select("all", {"sublayer"})) == ["backbone.layers.0.mixer", "backbone.layers.1.mixer"]
+    assert len(places.select("linear")) == 8
+    swin = hf.SwinConfig(image_size=8, patch_size=1, embed_dim=16, depths=[2, 2], num_heads=[2, 2], window_size=2)
+    places = anatomy(hf.SwinForImageClassification(swin))
+    assert places.blocks[""][2] == "swin.encoder.layers.1.blocks.0"
+    assert paths(places.select("attention.q@2")) == ["swin.encoder.layers.1.blocks.0.attention.q_proj"]
+    assert paths(places.select("head")) == ["classifier"]
+    convnext = hf.ConvNextConfig(hidden_sizes=[8, 16], depths=[2, 2], num_stages=2, image_size=8, patch_size=1)
+    places = anatomy(hf.ConvNextForImageClassification(convnext))
+    assert len(places.blocks[""]) == 4
+    assert counts(places.select("linear")) == {"mlp.up": 4, "mlp.down": 4}
+
+
+def test_stacks_of_a_vision_language_model() -> None:
+    vision = IMAGE | {"model_type": "clip_vision_model", "intermediate_size": 64}
+    config = hf.LlavaConfig(text_config=GROUPED | {"model_type": "llama"}, vision_config=vision, image_token_index=63)
+    llava = anatomy(hf.LlavaForConditionalGeneration(config))
+    assert list(llava.blocks) == ["vision", "text"]
+    assert paths(llava.select("text:mlp.up@-1")) == ["model.language_model.layers.1.mlp.up_proj"]
+    assert paths(llava.select("trunk")) == ["model.vision_tower", "model.language_model"]
 
 
 def test_one_block_is_a_stack() -> None:

@@ -39,8 +39,6 @@ _MLP_LINEARS = (
     ),
     ("router", r"gate|router|shared_expert_gate|router\.(?:classifier|layer)"),
 )
-# attention whose projections lie directly in the block, without a module of their own
-_BARE_ATTENTION_LINEARS = tuple((part, names) for part, names in _ATTENTION_LINEARS if part in ("q", "k", "v", "qkv"))
 
 
 def _compiled(table: Iterable[tuple[str, str]]) -> tuple[tuple[str, re.Pattern[str]], ...]:
@@ -52,7 +50,15 @@ _LINEARS = {
     CROSS_ATTENTION: _compiled(_ATTENTION_LINEARS),
     MLP: _compiled(_MLP_LINEARS),
 }
-_BARE = _compiled((*_BARE_ATTENTION_LINEARS, ("o", "o_proj|out_proj")))
+# attention whose projections lie directly in the block, without a module of their own: only telling names
+_BARE = _compiled(
+    (
+        ("q", r"q_proj|query|query_proj|to_q|wq"),
+        ("k", r"k_proj|key|key_proj|to_k|wk"),
+        ("v", r"v_proj|value|value_proj|to_v|wv"),
+        ("qkv", r"qkv|qkv_proj|query_key_value|Wqkv|to_qkv"),
+    )
+)
 
 # fused projections whose rows are ordered head by head (q, k, v of head 0, then of head 1, ...), so that no
 # contiguous range of the output features is the query
@@ -67,7 +73,7 @@ _NORMS = (
     (
         ATTENTION,
         r"input_layernorm|ln_?1|ln_attn|norm1|norm_?attn|layer_norm1|layernorm_before|layer_?norm|sa_layer_norm"
-        r"|self_attn_layer_norm|attn_norm|attention_norm|attn_ln|attention_layernorm|post_self_attn_layernorm",
+        r"|self_attn_layer_norm|attn_norm|attention_norm|attn_ln|attention_layernorm|post_self_attn_layernorm|operator_norm",
     ),
     (
         MLP,
@@ -133,8 +139,9 @@ def norm_section(path: str, siblings: Iterable[str]) -> str:
         siblings: names of the block's own children, which tell apart families that share a name.
     """
     siblings = set(siblings)
-    if path == "post_attention_layernorm" and "post_feedforward_layernorm" in siblings:
-        return ATTENTION
+    if path == "post_attention_layernorm":
+        early = "input_layernorm" not in siblings and "post_mlp_layernorm" in siblings
+        return ATTENTION if early or "post_feedforward_layernorm" in siblings else MLP
     if path == "norm2" and "norm3" in siblings:
         return CROSS_ATTENTION
     for section, pattern in _NORM_PATTERNS:
@@ -145,7 +152,7 @@ def norm_section(path: str, siblings: Iterable[str]) -> str:
 
 def before_sublayer(path: str) -> bool:
     """Whether the name of a block's norm says that it is applied to the input of a sub-layer."""
-    return re.fullmatch(r"input_layernorm|layernorm_before|pre_\w+|norm_?in", path) is not None
+    return re.fullmatch(r"input_layernorm|layernorm_before|pre_\w+|norm_?in|operator_norm", path) is not None
 
 
 def exits(section: str, siblings: Iterable[str]) -> list[str]:

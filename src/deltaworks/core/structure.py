@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from types import CodeType
 
 from torch import nn
 
@@ -155,24 +155,26 @@ def features_of(module: nn.Module) -> tuple[int, int]:
     return int(rows), int(columns)
 
 
-@cache
-def _arguments(kind: type[nn.Module]) -> frozenset[str]:
-    """Names of the arguments that `forward` of a module class takes."""
-    try:
-        return frozenset(inspect.signature(kind.forward).parameters)
-    except (TypeError, ValueError):
-        return frozenset()
+def _code(forward: object) -> CodeType | None:
+    """The code of a `forward` below its decorators; None of one that is not written in Python."""
+    return getattr(inspect.unwrap(forward) if callable(forward) else None, "__code__", None)
 
 
-@cache
+def _arguments(kind: type[nn.Module]) -> set[str]:
+    """Names of the arguments that `forward` takes, in a module class or in one that it extends."""
+    codes = (_code(ancestor.__dict__.get("forward")) for ancestor in kind.__mro__)
+    return {
+        name
+        for code in codes
+        if code is not None
+        for name in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    }
+
+
 def _calls_attention_interface(kind: type[nn.Module]) -> bool:
     """Whether a class computes attention through transformers' registry of attention functions."""
-    for ancestor in kind.__mro__:
-        forward = ancestor.__dict__.get("forward")
-        code = getattr(inspect.unwrap(forward), "__code__", None) if forward is not None else None
-        if code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names:
-            return True
-    return False
+    codes = (_code(ancestor.__dict__.get("forward")) for ancestor in kind.__mro__)
+    return any(code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names for code in codes)
 
 
 def _is_keyvalue(module: nn.Module) -> bool:
@@ -187,7 +189,7 @@ def _stacks(modules: Mapping[str, nn.Module]) -> dict[str, dict[str, list[str]]]
     """stack -> list of blocks -> paths of its blocks.
 
     The lists are the innermost ones whose members hold attention and something else; in a model without any,
-    the longest list of two or more modules of one class that hold linears or convolutions.
+    the longest list of two or more modules of one class that hold linears or convolutions, and those like it.
     """
     lists = {path: module for path, module in modules.items() if isinstance(module, nn.ModuleList | nn.Sequential)}
     kept: list[str] = []
@@ -197,10 +199,12 @@ def _stacks(modules: Mapping[str, nn.Module]) -> dict[str, dict[str, list[str]]]
             kept.insert(0, path)
     members = {path: [_join(path, name) for name, _ in lists[path].named_children()] for path in kept}
     if not kept:
-        alike = {path: _alike(path, module) for path, module in lists.items()}
-        longest = max(alike, key=lambda path: len(alike[path]), default="")
-        if len(alike.get(longest, ())) >= 2:
-            members = {longest: alike[longest]}
+        alike = {path: children for path, module in lists.items() if len(children := _alike(path, module)) > 1}
+        inner = [path for path in alike if not any(other != path and _contains(path, other) for other in alike)]
+        if inner:
+            longest = max(inner, key=lambda path: len(alike[path]))
+            kind = type(modules[alike[longest][0]])
+            members = {path: alike[path] for path in inner if type(modules[alike[path][0]]) is kind}
     stacks: dict[str, dict[str, list[str]]] = {}
     for path, name in _stack_names(list(members)).items():
         stacks.setdefault(name, {})[path] = members[path]
@@ -230,7 +234,8 @@ def _alike(path: str, module: nn.Module) -> list[str]:
     children = {
         _join(path, name): type(child)
         for name, child in module.named_children()
-        if kind_of(child) is None and any(kind_of(inner) in (*LINEAR, "conv2d") for inner in child.modules())
+        if kind_of(child) in (None, "parameters")
+        and any(kind_of(inner) in (*LINEAR, "conv2d") for inner in child.modules())
     }
     if not children:
         return []
@@ -327,6 +332,7 @@ def _block_places(within: Mapping[str, nn.Module], post_norm: bool) -> list[Plac
     return places
 
 
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv3d)
 _Parts = dict[str, list[tuple[str, tuple[int, int]]]]
 
 
@@ -344,7 +350,7 @@ def _linear_roles(within: Mapping[str, nn.Module]) -> tuple[dict[str, str], _Par
         elif kind_of(module) in LINEAR:
             found = families.linear_part(section, path)
             roles[path] = ".".join(found) if found else _role_by_shape(section, module)
-        elif kind_of(module) == "parameters" and section == MLP:
+        elif kind_of(module) == "parameters" and section == MLP and not isinstance(module, _CONVOLUTIONS):
             if any(parameter.dim() > 2 for parameter in module.parameters(recurse=False)):
                 roles[path] = "mlp.experts"
             elif re.search(r"gate|router", path.rpartition(".")[2]):
@@ -352,7 +358,7 @@ def _linear_roles(within: Mapping[str, nn.Module]) -> tuple[dict[str, str], _Par
     parts: _Parts = {}
     for path, role in list(roles.items()):
         beside = {roles[other] for other in roles if parent_of(other) == parent_of(path)}
-        bare = role == "mlp.down" and not parent_of(path) and beside & {"attention.q", "attention.qkv"}
+        bare = not role.startswith(("attention.", "cross_attention.")) and beside & {"attention.q", "attention.qkv"}
         if bare and "attention.o" not in beside and families.linear_part(ATTENTION, path) == (ATTENTION, "o"):
             roles[path] = "attention.o"
     for path, role in list(roles.items()):
@@ -438,11 +444,11 @@ def _sublayers(
         foreign = [path for path in weights if path not in own] + [p for p, s in norms.items() if s != "other"]
         body = _climb(within, closing, foreign)
         leaving = _exit(within, section, body)
-        if all(_contains(body, path) for path in own):
+        readers = [path for path in own if weights[path].endswith(_READERS)]
+        if any(_contains(body, path) for path in readers or own):
             entry = body
         else:
-            opening = next((path for path in own if weights[path].endswith((".q", ".qkv", ".up"))), own[0])
-            entry = _climb(within, opening, [*foreign, closing])
+            entry = _climb(within, (readers or own)[0], [*foreign, closing])
         norm = next(
             (
                 path
@@ -454,10 +460,13 @@ def _sublayers(
         yield Place(leaving, section, "sublayer", entry=entry if entry != leaving else None, after_norm=norm)
 
 
+_READERS = (".q", ".qkv", ".up", ".gate_up")
+
+
 def _closing(own: Sequence[str], weights: Mapping[str, str]) -> str | None:
     """The module that computes a sub-layer's output: its output projection, or the experts."""
     for ending in (".qkv", ".o", ".down", ".experts"):
-        for path in own:
+        for path in reversed(own):
             if weights[path].endswith(ending) and (ending != ".qkv" or f"{path}.out_proj" in own):
                 return path
     return None
@@ -488,7 +497,8 @@ def _exit(within: Mapping[str, nn.Module], section: str, body: str) -> str:
 def _sums(norm: str, closing: str, body: str, post_norm: bool) -> bool:
     """Whether a norm is applied to the sum of its sub-layer's output and the residual."""
     if parent_of(norm):
-        return body == closing and parent_of(norm) == parent_of(closing)
+        beside = parent_of(norm) == parent_of(body)
+        return beside and (body == closing or post_norm)
     return post_norm
 
 
@@ -535,7 +545,8 @@ def _outside_role(
     home = next(owner for owner in owners if owner not in branch)  # innermost module that holds a stack too
     names = [owner.rpartition(".")[2].lower() for owner in branch]
     words = " ".join([*names, *(type(modules[owner]).__name__.lower() for owner in branch)])
-    after = order[path] > min(order[stack] for stack in containers if _contains(home, stack))
+    tower = home if trunk is None else trunk
+    after = order[path] > max(order[stack] for stack in containers if _contains(tower, stack))
     if not branch:
         return "other"
     if kind == "embedding":
