@@ -579,6 +579,10 @@ def test_errors_name_the_item_and_the_nearest(targets: str | list[str], message:
 def test_error_of_stack_and_of_kind() -> None:
     with pytest.raises(UserError, match=r"target 'decodr:mlp' .*did you mean 'decoder'"):
         found("t5").select("decodr:mlp")
+    with pytest.raises(UserError, match=r"target 'encoder:cross_attention' .*: only 'decoder' has it"):
+        found("t5").select("encoder:cross_attention")
+    with pytest.raises(UserError, match=r"target 'linear' .*in ConvNet: it has no linear layer in its blocks"):
+        found("convnet").select("linear")
     with pytest.raises(UserError, match=r"'norm' matches only places of kind norm .*but kind conv1d or linear"):
         found("llama").select("norm", {"linear", "conv1d"})
 

@@ -139,9 +139,18 @@ class Anatomy:
         if stack is not None and stack not in self.blocks:
             known = [known for known in self.blocks if known]
             return nearest(stack, known) if known else "it has one stack of blocks, write the role alone"
-        if written["first"] is not None and _by_name(self.places, name):
+        homes = {place.stack for place in _by_name(self.places, name)}
+        if stack is not None and homes and stack not in homes:
+            return (
+                "only "
+                + " and ".join(repr(home) if home else "the model outside its stacks" for home in sorted(homes))
+                + " has it"
+            )
+        if written["first"] is not None and homes:
             sizes = ", ".join(f"{stack or 'blocks'} 0-{len(paths) - 1}" for stack, paths in self.blocks.items())
             return f"it has {sizes}" if sizes else "it has no blocks"
+        if name == "linear":
+            return "it has no linear layer" + (" in its blocks" if self.blocks else "")
         fused = f"{name.partition('.')[0]}.{_FUSED.get(name.partition('.')[2], '')}"
         if any(place.role == fused for place in self.places):
             return f"here it is fused into {fused!r} and cannot be told apart"
