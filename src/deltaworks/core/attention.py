@@ -58,7 +58,13 @@ def attend(
         grown = heads.key.shape[2] - key.shape[2]
         mask, extra = attention_mask, dict(kwargs)
         if grown:
-            mask = widen(mask, module, query, key, grown)
+            causal = kwargs.get("is_causal")
+            causal = getattr(module, "is_causal", True) if causal is None else causal
+            mask = widen(mask, name, causal, query, key, grown)
+            if "flash" in name and kwargs.get("sliding_window") is not None:
+                raise UserError(
+                    f"virtual keys cannot be used with a window in {name}: choose attn_implementation='sdpa'"
+                )
             if extra.get("position_bias") is not None:
                 extra["position_bias"] = F.pad(extra["position_bias"], (grown, 0))
         output, weights[0] = function(module, heads.query, heads.key, heads.value, mask, **extra)
@@ -72,14 +78,14 @@ def attend(
     return around(heads), weights[0]
 
 
-def widen(mask: Any, module: Any, query: Tensor, key: Tensor, grown: int) -> Any:
+def widen(mask: Any, name: str, causal: bool, query: Tensor, key: Tensor, grown: int) -> Any:
     """The mask with ``grown`` more columns in front that every query sees."""
     if mask is None:
-        if not getattr(module, "is_causal", False) or query.shape[2] == 1:
+        if not causal or query.shape[2] == 1 or "flash" in name:  # flash aligns causality with the last key
             return None
-        length, keys = query.shape[2], key.shape[2]
-        causal = torch.ones(length, keys, dtype=torch.bool, device=query.device).tril(keys - length)
-        return F.pad(causal, (grown, 0), value=True)[None, None]
+        # without a mask, queries and keys start together (the rest of a static cache is empty)
+        seen = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+        return F.pad(seen, (grown, 0), value=True)[None, None]
     if not isinstance(mask, Tensor):
         raise UserError(f"virtual keys cannot be used with a {type(mask).__name__}: choose attn_implementation='sdpa'")
     visible = True if mask.dtype == torch.bool else 1 if mask.dim() == 2 else 0.0

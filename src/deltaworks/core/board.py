@@ -34,6 +34,7 @@ class Board:
         self.deltas: dict[str, Delta] = {}
         self.wanted: tuple[str, ...] = ()
         self.active: tuple[str, ...] = ()
+        self.single = False  # exactly one acts: ``index`` says which, and compiled graphs guard on nothing else
         self.index = torch.zeros(1, dtype=torch.long)
         self.rows: Tensor | None = None
         self.row_names: tuple[str, ...] = ()
@@ -43,7 +44,8 @@ class Board:
         """Make exactly these adapters act (merged ones are in the weights already)."""
         self.wanted = tuple(names)
         self.active = tuple(name for name in self.wanted if not self.deltas[name].merged)
-        if len(self.active) == 1:
+        self.single = len(self.active) == 1
+        if self.single:
             self.index.fill_(list(self.deltas).index(self.active[0]))
 
     def check(self, names: Sequence[str | None]) -> None:

@@ -67,9 +67,7 @@ def attach(
 class Delta:
     """The handle of one adapter on one model: its tuners, its configuration and its procedure."""
 
-    def __init__(
-        self, model: nn.Module, name: str, config: Config, also: list[str], seed: int, board: Board
-    ) -> None:
+    def __init__(self, model: nn.Module, name: str, config: Config, also: list[str], seed: int, board: Board) -> None:
         self.model, self.name, self.config, self.also, self.seed, self.board = model, name, config, also, seed, board
         self.merged = False
         self.anatomy: Anatomy = next(iter(board.deltas.values())).anatomy if board.deltas else anatomy(model)
@@ -97,7 +95,9 @@ class Delta:
                 attached.append(self._make(config.tuner, member, place, shared, config))
         for place in self.anatomy.select(self.also, OPERATIONS_WITH_PARAMETERS) if self.also else []:
             if place.part is None:
-                attached.append(self._make(Replacement, len(self.members), place, shared, None))
+                item = self._make(Replacement, len(self.members), place, shared, None)
+                item.key += "<also>" * any(item.key == other.key for other in attached)
+                attached.append(item)
         if not attached:
             raise UserError(f"{self.config} has nothing to tune in {type(self.model).__name__}: give targets")
         return attached
@@ -123,7 +123,7 @@ class Delta:
             model.requires_grad_(False)
         board.deltas[self.name] = self
         for item in self.attached:
-            module = model.get_submodule(item.place.path)
+            module: Any = model.get_submodule(item.place.path)
             wrap(module, board)
             if self.name not in module.deltas:
                 module.deltas[self.name] = nn.ModuleList()
@@ -155,7 +155,12 @@ class Delta:
         module._counts_positions = causal and "position_ids" in module._argument_names
         for other in self.anatomy.places:
             if other.role == "embedding.position" and other.stack == place.stack and other.kind == "embedding":
-                module._longest = base_tensors(self.model.get_submodule(other.path))["weight"].shape[0]
+                table: Any = self.model.get_submodule(other.path)
+                padding = getattr(table, "padding_idx", None)
+                if padding is not None and "position_ids" in module._argument_names:
+                    module._first_position = padding + 1
+                unused = getattr(table, "offset", 0) if padding is None else padding + 1
+                module._longest = base_tensors(table)["weight"].shape[0] - unused
 
     # ------------------------------------------------------------------ what it holds
 
@@ -220,17 +225,17 @@ class Delta:
         for key, value in tensors.items():
             if value.is_floating_point() and value.device.type != "meta" and not bool(torch.isfinite(value).all()):
                 raise UserError(f"the checkpoint's tensor {key!r} holds values that are not finite")
+        sharing = {key: tensors[first] for key, (_, first) in expected.items() if key != first and first in tensors}
+        owned: dict[str, dict[str, Tensor]] = {item.key: {} for item in self.attached}
+        for key, value in {**tensors, **sharing}.items():
+            owner = key.rpartition(".")[0]
+            while owner not in owned:  # a tensor belongs to the innermost place whose key begins its own
+                owner = owner.rpartition(".")[0]
+            owned[owner][key.removeprefix(f"{owner}.")] = value
         for item in self.attached:
-            prefix = f"{item.key}."
-            own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-            own |= {
-                key.removeprefix(prefix): tensors[first]
-                for key, (_, first) in expected.items()
-                if key.startswith(prefix) and first != key and first in tensors
-            }
             restore = Tuner.restore if training else type(item.tuner).restore
             try:
-                restore(item.tuner, own)
+                restore(item.tuner, owned[item.key])
             except UserError as error:
                 raise UserError(f"the checkpoint does not fit {item.key!r}: {error}") from None
 
@@ -372,7 +377,7 @@ class Delta:
         if item.tuner.form() == 3:
             return None
         module = self.model.get_submodule(item.place.path)
-        base = {
+        base: dict[str, Any] = {
             name: None if tensor is None else tensor.detach().double() for name, tensor in base_tensors(module).items()
         }
         if base.get("weight") is None:
@@ -393,14 +398,13 @@ class Delta:
 
     def __repr__(self) -> str:
         state = "merged" if self.merged else "acting" if self.name in self.board.active else "resting"
-        return f"Delta({self.name!r}: {self.config} on {type(self.model).__name__}, {len(self.attached)} sites, {state})"
+        return (
+            f"Delta({self.name!r}: {self.config} on {type(self.model).__name__}, {len(self.attached)} sites, {state})"
+        )
 
 
 def _alike(module: Any) -> bool:
     """Whether all adapters of a module have tuners of the same shape, so that one graph can serve them."""
-    board: Board = module._board
-    if list(module.deltas) != list(board.deltas):
-        return False
     kinds = [
         [(type(t), t.place, str(t.config), [(n, v.shape) for n, v in t.state_dict().items()]) for t in tuners]
         for tuners in module.deltas.values()

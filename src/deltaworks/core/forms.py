@@ -32,8 +32,7 @@ class Heads(NamedTuple):
     """What an attention computes from, as a ``keyvalue`` site sees it.
 
     Shapes: query [batch, heads, length, head_dim]; key, value [batch, kv_heads, keys, head_dim]; hidden
-    [batch, length, width] is the input of the attention module; mask [batch, length] marks its real tokens
-    where it is known. ``scaling`` multiplies the scores.
+    [batch, length, width] is the input of the attention module. ``scaling`` multiplies the scores.
     """
 
     query: Tensor
@@ -47,19 +46,15 @@ class Heads(NamedTuple):
 
         Shapes: [kv_heads, length, head_dim] for all rows, or [batch, kv_heads, length, head_dim].
         """
-        key, value = (
-            extra.to(self.key.dtype).expand(self.key.shape[0], *extra.shape[-3:]) for extra in (key, value)
-        )
-        return self._replace(
-            key=torch.cat([key, self.key], dim=2), value=torch.cat([value, self.value], dim=2)
-        )
+        key, value = (extra.to(self.key.dtype).expand(self.key.shape[0], *extra.shape[-3:]) for extra in (key, value))
+        return self._replace(key=torch.cat([key, self.key], dim=2), value=torch.cat([value, self.value], dim=2))
 
 
 class Tokens(NamedTuple):
     """What a ``trunk`` (the stack of blocks with its embeddings) reads.
 
-    Shapes: embeds [batch, length, width]; mask [batch, length] or None. ``cached`` counts the positions that a
-    key/value cache already holds. ``inserted`` is (position, count) of virtual tokens, which the engine
+    Shapes: embeds [batch, length, width]; mask [batch, cached + length] or None. ``cached`` counts the positions
+    that a key/value cache already holds. ``inserted`` is (position, count) of virtual tokens, which the engine
     removes from the output again.
     """
 
@@ -69,10 +64,47 @@ class Tokens(NamedTuple):
     inserted: tuple[int, int] = (0, 0)
 
     def insert(self, prompt: Tensor, at: int = 0) -> Tokens:
-        """The same input with virtual tokens ``prompt`` [count, width] in front of position ``at``."""
+        """The same input with virtual tokens ``prompt`` [count, width] in front of each row's real token ``at``.
+
+        While decoding with a cache, which holds them already, they are only noted.
+        """
+        noted = self._replace(inserted=(at, prompt.shape[-2]))
+        if self.cached:
+            return noted
         prompt = prompt.to(self.embeds.dtype).expand(self.embeds.shape[0], *prompt.shape[-2:])
-        embeds = torch.cat([self.embeds[:, :at], prompt, self.embeds[:, at:]], dim=1)
-        return self._replace(embeds=embeds, inserted=(at, prompt.shape[1]))
+        return noted._replace(embeds=inserted(prompt, self.embeds, at, self.mask))
+
+
+def inserted(new: Tensor, rows: Tensor, at: int, mask: Tensor | None) -> Tensor:
+    """``rows`` with ``new`` in front of position ``at``, counted from the first real token of each row.
+
+    Shapes: new [batch, count, ...], rows [batch, length, ...], mask [batch, length or more] or None.
+    """
+    if mask is None:
+        return torch.cat([rows[:, :at], new, rows[:, at:]], dim=1)
+    count, start = new.shape[1], starts(mask, at)
+    place = torch.arange(rows.shape[1] + count, device=rows.device)
+    source = torch.where(place < start, place + count, torch.where(place < start + count, place - start, place))
+    return taken(torch.cat([new, rows], dim=1), source)
+
+
+def removed(rows: Tensor, at: int, count: int, mask: Tensor | None) -> Tensor:
+    """The inverse of ``inserted``: [batch, length + count, ...] to [batch, length, ...]."""
+    if mask is None:
+        return torch.cat([rows[:, :at], rows[:, at + count :]], dim=1)
+    place = torch.arange(rows.shape[1] - count, device=rows.device)
+    return taken(rows, torch.where(place < starts(mask, at), place, place + count))
+
+
+def starts(mask: Tensor, at: int) -> Tensor:
+    """Where each row's real token ``at`` stands, [batch, 1]: padding may be on the left."""
+    return ((mask.cumsum(1) == 0).sum(1, keepdim=True) + at).clamp(max=mask.shape[1])
+
+
+def taken(rows: Tensor, source: Tensor) -> Tensor:
+    """The entries ``source`` [batch, length] of dimension 1."""
+    source = source.view(*source.shape, *[1] * (rows.dim() - 2))
+    return rows.gather(1, source.expand(-1, -1, *rows.shape[2:]))
 
 
 class Tuner(nn.Module):
@@ -82,7 +114,7 @@ class Tuner(nn.Module):
     Trained tensors are float32; ``around`` casts them to the dtype of its input.
     """
 
-    rates: ClassVar[Mapping[str, float]] = {}
+    rates: Mapping[str, float] = {}  # noqa: RUF012 - replaced, never changed in place
     """Learning rate of a parameter, by name, as a multiple of the run's."""
     decays: ClassVar[bool] = True
     """Whether weight decay makes sense (not for tensors that start at one)."""
@@ -91,7 +123,11 @@ class Tuner(nn.Module):
     dropout: float = 0.0
     """Dropout on the input of ``A`` (form 1); the engine applies it."""
 
+    place: Any  # the Place it stands at and its method's configuration: set when it is attached
+    config: Any
+
     def factors(self) -> Factors:
+        """A, B and scale of a low-rank change."""
         raise NotImplementedError
 
     def weight(self, weight: Tensor) -> Tensor:

@@ -295,5 +295,3 @@ def _split(text: str, mark: str) -> list[str]:
     if not all(items):
         raise UserError(f"{text!r} has an empty part beside {mark!r}")
     return items
-
-

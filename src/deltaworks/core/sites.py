@@ -21,7 +21,7 @@ from deltaworks.core.anatomy import Anatomy, Place
 from deltaworks.core.attention import ConfigView
 from deltaworks.core.board import Board, Tap
 from deltaworks.core.errors import UserError
-from deltaworks.core.forms import Factors, Tokens, Tuner
+from deltaworks.core.forms import Factors, Tokens, Tuner, inserted, removed
 
 WEIGHT_KINDS = ("linear", "conv1d", "conv2d", "embedding", "norm", "parameters")
 
@@ -77,7 +77,9 @@ class Site:
         """(key/value heads, features of a head) of a ``keyvalue`` place."""
         attention = self.module
         names = ("head_dim", "attention_head_size", "key_value_proj_dim", "d_kv")
-        size = next((getattr(attention, name) for name in names if isinstance(getattr(attention, name, None), int)), None)
+        size = next(
+            (getattr(attention, name) for name in names if isinstance(getattr(attention, name, None), int)), None
+        )
         role = self.place.role.split(".")[0]
         for place in self.anatomy.places:
             if place.role == f"{role}.k" and place.path.startswith(self.place.path + ".") and size:
@@ -127,6 +129,11 @@ class Site:
         """N(0, std^2) entries."""
         return self._random(shape, lambda tensor: tensor.normal_(0, std, generator=self.generator))
 
+    def truncated(self, *shape: int, std: float) -> nn.Parameter:
+        """N(0, std^2) entries, drawn again beyond two standard deviations."""
+        limits = {"a": -2 * std, "b": 2 * std, "generator": self.generator}
+        return self._random(shape, lambda tensor: nn.init.trunc_normal_(tensor, 0.0, std, **limits))
+
     def uniform(self, *shape: int, bound: float) -> nn.Parameter:
         """U(-bound, bound) entries."""
         return self._random(shape, lambda tensor: tensor.uniform_(-bound, bound, generator=self.generator))
@@ -151,7 +158,7 @@ def stable_hash(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
 
 
-def base_tensors(module: nn.Module) -> dict[str, Tensor | None]:
+def base_tensors(module: nn.Module) -> dict[str, Any]:
     """The module's own parameters by name, as they are in the base."""
     return dict(module._parameters)
 
@@ -183,7 +190,7 @@ def with_part(place: Place, whole: Tensor, part: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------- running
 
 
-def effective(tuners: list[Any], tensors: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+def effective(tuners: list[Any], tensors: dict[str, Any]) -> dict[str, Any]:
     """The module's parameters with the form 1 and 2 tuners applied, in order."""
     changed = dict(tensors)
     for tuner in tuners:
@@ -207,7 +214,7 @@ def effective(tuners: list[Any], tensors: dict[str, Tensor | None]) -> dict[str,
     return changed
 
 
-def low_rank(module: nn.Module, place: Place, factors: Factors, x: Tensor) -> Tensor:
+def low_rank(module: Any, place: Place, factors: Factors, x: Tensor) -> Tensor:
     """``scale * B A x`` for one kind of operation, in the dtype of its output."""
     A, B, scale = factors
     if place.kind == "embedding":
@@ -234,12 +241,13 @@ class Operation:
     """``base`` for tuners around a module whose first argument is a tensor and whose output holds one first."""
 
     def __init__(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.run, self.rest, self.kwargs, self.output = run, args[1:], kwargs, None
-        self.keyword = None if args else next(iter(kwargs))
+        self.run, self.rest, self.kwargs = run, args[1:], kwargs
+        self.output: Any = None
+        self.keyword = "" if args else next(iter(kwargs))
         self.x = args[0] if args else kwargs[self.keyword]
 
     def __call__(self, x: Any) -> Tensor:
-        if self.keyword is None:
+        if not self.keyword:
             self.output = self.run(x, *self.rest, **self.kwargs)
         else:
             self.output = self.run(**{**self.kwargs, self.keyword: x})
@@ -302,7 +310,7 @@ def run_light(module: nn.Module, tuner: Any, base: Callable[[Any], Tensor], x: A
     return added(place, y, low_rank(module, place, tuner.factors(), dropped).to(y.dtype))
 
 
-def run_rows(module: Any, run: Callable[..., Any], board: Board, args: tuple[Any, ...], kwargs: Any) -> Any:
+def run_rows(module: Any, run: Callable[..., Any], board: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
     """A module with weight and one adapter per row of its input (dimension 0)."""
     operation = Operation(run, args, kwargs)
     x, rows = operation.x, board.rows
@@ -310,7 +318,11 @@ def run_rows(module: Any, run: Callable[..., Any], board: Board, args: tuple[Any
         raise UserError(f"dw.rows names {rows.shape[0]} rows but the batch that reached a layer has {x.shape[0]}")
     chosen = [list(module.deltas[name]) if name in module.deltas else [] for name in board.row_names]
     y = operation(x)
-    if all(tuner.form() == 1 and not tuner.gives("around") and tuner.place.kind in ("linear", "conv1d") for tuners in chosen for tuner in tuners):
+    if all(
+        tuner.form() == 1 and not tuner.gives("around") and tuner.place.kind in ("linear", "conv1d")
+        for tuners in chosen
+        for tuner in tuners
+    ):
         return operation.replaced(y + stacked_rows(chosen, rows.to(x.device), x, y))
     pieces = list(y.unbind(0))
     for position, tuners in enumerate(chosen):
@@ -323,8 +335,13 @@ def run_rows(module: Any, run: Callable[..., Any], board: Board, args: tuple[Any
     return operation.replaced(torch.stack(pieces))
 
 
+def is_product(tuner: Any) -> bool:
+    """Whether a tuner can be one slice of a batched low-rank product."""
+    return tuner.form() == 1 and not tuner.dropout and tuner.place.kind in ("linear", "conv1d")
+
+
 def stacked_rows(chosen: list[list[Any]], rows: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """The low-rank changes of a mixed batch as two batched products. Shapes: x [batch, ..., in], y [batch, ..., out]."""
+    """The low-rank changes of a mixed batch as two batched products: x [batch, ..., in], y [batch, ..., out]."""
     ranks = [sum(tuner.factors().A.shape[0] for tuner in tuners) for tuners in chosen]
     rank = max([*ranks, 1])
     A = x.new_zeros(len(chosen) + 1, rank, x.shape[-1])
@@ -375,23 +392,23 @@ def run_trunk(module: Any, run: Callable[..., Any], tuners: list[Any], args: tup
     embeds, mask = call.get("inputs_embeds"), call.get("attention_mask")
     if embeds is None:
         embeds = module.get_input_embeddings()(call["input_ids"])
+    mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
     cache = call.get("past_key_values")
     cached = cache.get_seq_length() if cache is not None else 0
     result: list[Any] = [None]
 
     def base(tokens: Tokens) -> Tensor:
-        output = run(**{**call, **trunk_arguments(module, call, tokens)})
+        changed = tokens.embeds is not embeds or tokens.inserted[1]
+        result[0] = run(**{**call, **trunk_arguments(module, call, tokens)} if changed else call)
         at, count = tokens.inserted
-        hidden = output[0]
         if count and not tokens.cached and not module._keeps_inserted:
-            hidden = torch.cat([hidden[:, :at], hidden[:, at + count :]], dim=1)
-        result[0] = output
-        return hidden
+            return removed(result[0][0], at, count, mask)
+        return result[0][0]
 
     around: Callable[[Any], Tensor] = base
     for tuner in tuners:
         around = functools.partial(tuner.around, around)
-    hidden = around(Tokens(embeds, mask if mask is not None and mask.dim() == 2 else None, cached))
+    hidden = around(Tokens(embeds, mask, cached))
     output = result[0]
     if isinstance(output, tuple):
         return (hidden, *output[1:])
@@ -402,11 +419,7 @@ def run_trunk(module: Any, run: Callable[..., Any], tuners: list[Any], args: tup
 def trunk_arguments(module: Any, call: dict[str, Any], tokens: Tokens) -> dict[str, Any]:
     """What a trunk's forward gets in place of its arguments: embeddings, and mask, positions, types to match."""
     new: dict[str, Any] = {"input_ids": None, "inputs_embeds": tokens.embeds}
-    if "input_ids" not in module._argument_names:
-        new.pop("input_ids")
     at, count = tokens.inserted
-    if not count:
-        return new
     length = tokens.embeds.shape[1]
     if module._longest is not None and tokens.cached + length > module._longest:
         raise UserError(
@@ -414,24 +427,44 @@ def trunk_arguments(module: Any, call: dict[str, Any], tokens: Tokens) -> dict[s
             f"{module._longest} positions of the model: shorten the prompt or the input"
         )
     mask = call.get("attention_mask")
+    if mask is not None and tokens.mask is None:
+        raise UserError("virtual tokens need an attention mask of shape [batch, length], not a prepared one")
     if mask is not None:
-        if mask.dim() != 2:
-            raise UserError("virtual tokens need an attention mask of shape [batch, length], not a prepared one")
         ones = mask.new_ones(mask.shape[0], count)
-        mask = torch.cat([mask[:, :at], ones, mask[:, at:]], dim=1)
-        new["attention_mask"] = mask
-    if (types := call.get("token_type_ids")) is not None and not tokens.cached:
-        zeros = types.new_zeros(types.shape[0], count)
-        new["token_type_ids"] = torch.cat([types[:, :at], zeros, types[:, at:]], dim=1)
-    positions = call.get("position_ids")
-    if module._counts_positions:
-        if mask is not None:
-            new["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
-        elif positions is not None:
-            first = torch.arange(count, device=positions.device).expand(positions.shape[0], count)
-            shifted = positions + count
-            new["position_ids"] = shifted if tokens.cached else torch.cat([first, shifted], dim=1)
+        new["attention_mask"] = inserted(ones, mask, at, mask)
+        for tap in module._taps:
+            if tap.side == "mask":
+                tap.value = new["attention_mask"]
+    types = call.get("token_type_ids")
+    if types is not None and not tokens.cached:
+        new["token_type_ids"] = inserted(types.new_zeros(types.shape[0], count), types, at, mask)
+    positions = trunk_positions(module, call, tokens)
+    if positions is not None:
+        new["position_ids"] = positions
     return new
+
+
+def trunk_positions(module: Any, call: dict[str, Any], tokens: Tokens) -> Tensor | None:
+    """Position ids [batch, length] with the virtual tokens; None where the trunk's own are right."""
+    positions, mask, (at, count) = call.get("position_ids"), tokens.mask, tokens.inserted
+    batch, length = tokens.embeds.shape[:2]
+    if module._first_position is not None and positions is None:
+        # positions count what is not padding, by its token id where the ids are known
+        ids = call.get("input_ids")
+        real = mask if ids is None else ids.ne(module._first_position - 1).long()
+        if real is None:
+            return None
+        real = inserted(real.new_ones(batch, count), real, at, mask)
+        return (real.cumsum(-1) * real + module._first_position - 1)[:, -length:].long()
+    if positions is None and mask is not None and module._counts_positions:
+        positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -(length if tokens.cached else length - count) :]
+    if positions is None:
+        return None
+    if tokens.cached:
+        return positions + count
+    positions = positions.expand(batch, -1)
+    own = torch.arange(at, at + count, device=positions.device, dtype=positions.dtype).expand(batch, count)
+    return inserted(own, torch.where(positions < at, positions, positions + count), at, mask)
 
 
 class Selected:
@@ -441,9 +474,7 @@ class Selected:
         self.template = tuners[0]
         members = [dict(tuner.named_parameters()) | dict(tuner.named_buffers()) for tuner in tuners]
         self.values = {
-            name: torch.stack([member[name] for member in members])
-            .index_select(0, index.to(value.device))
-            .squeeze(0)
+            name: torch.stack([member[name] for member in members]).index_select(0, index.to(value.device)).squeeze(0)
             for name, value in members[0].items()
         }
 
@@ -462,7 +493,7 @@ class Selected:
 def acting(module: Any) -> list[Any]:
     """The tuners of a wrapped module that act now."""
     board: Board = module._board
-    if torch.compiler.is_compiling() and len(board.active) == 1 and len(module.deltas) > 1 and module._alike:
+    if torch.compiler.is_compiling() and board.single and module._alike and len(module.deltas) == len(board.deltas) > 1:
         columns = zip(*module.deltas.values(), strict=True)
         return [Selected(list(column), board.index) for column in columns]
     return [tuner for name in board.active if name in module.deltas for tuner in module.deltas[name]]
@@ -476,12 +507,13 @@ def forward_wrapped(module: Any, run: Callable[..., Any], args: tuple[Any, ...],
             tap.value = args[0] if args else next(iter(kwargs.values()))
         elif tap.side == "mask":
             mask = (dict(zip(module._argument_names, args, strict=False)) | kwargs).get("attention_mask")
-            tap.value = mask if mask is not None and mask.dim() == 2 else None
+            tap.value = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
     if module._widens:
         kwargs = widened(module, args, kwargs)
     board: Board = module._board
-    if board.rows is not None and len(module.deltas):
-        output = run_rows(module, run, board, args, kwargs)
+    if board.rows is not None:
+        named = any(name in module.deltas for name in board.row_names)
+        output = run_rows(module, run, board, args, kwargs) if named else run(*args, **kwargs)
     else:
         tuners = acting(module)
         for kinds, runner in RUNNERS:
@@ -518,7 +550,8 @@ def widened(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[
     if states is not None and mask is not None and "encoder_attention_mask" in kwargs:
         missing = states.shape[1] - mask.shape[1]
         if missing > 0:
-            return {**kwargs, "encoder_attention_mask": F.pad(mask, (missing, 0), value=1)}
+            ones = mask.new_ones(mask.shape[0], missing)
+            return {**kwargs, "encoder_attention_mask": inserted(ones, mask, 0, mask)}
     return kwargs
 
 
@@ -531,7 +564,7 @@ RUNNERS: tuple[tuple[tuple[str, ...], Callable[..., Any]], ...] = (
 
 
 @functools.cache
-def wrapped_class(cls: type[nn.Module], names: tuple[str, ...], attends: bool) -> type[nn.Module]:
+def wrapped_class(cls: Any, names: tuple[str, ...], attends: bool) -> type[nn.Module]:
     """A subclass of ``cls`` that folds tuners around its forward and can show effective parameters."""
 
     @functools.wraps(cls.forward)
@@ -546,12 +579,19 @@ def wrapped_class(cls: type[nn.Module], names: tuple[str, ...], attends: bool) -
         return property(get)
 
     namespace: dict[str, Any] = {name: shown(name) for name in names}
+    namespace["__reduce_ex__"] = lambda self, _: (_restored, (cls, names, attends), self.__dict__)
     namespace |= {"forward": forward, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
     if attends:
         namespace["config"] = property(
             lambda self: self.__dict__["config"] if self.__dict__.get("_attending") is None else self._config_view
         )
     return type(cls.__name__, (cls,), namespace)
+
+
+def _restored(cls: type[nn.Module], names: tuple[str, ...], attends: bool) -> nn.Module:
+    """An empty wrapped module, for copying and pickling: the class itself cannot be found by its name."""
+    made = wrapped_class(cls, names, attends)
+    return made.__new__(made)
 
 
 def is_wrapped(module: nn.Module) -> bool:
@@ -574,6 +614,7 @@ def wrap(module: Any, board: Board) -> None:
         "_keeps_inserted": False,
         "_counts_positions": False,
         "_longest": None,
+        "_first_position": None,
         "_argument_names": tuple(name for name in names if name != "self"),
         "_effective": None,
     }
@@ -596,5 +637,5 @@ def unwrap(module: Any) -> None:
 
 STATE = (
     "_board", "_plain_class", "_taps", "_alike", "_widens", "_keeps_inserted",
-    "_counts_positions", "_longest", "_argument_names", "_effective",
+    "_counts_positions", "_longest", "_first_position", "_argument_names", "_effective",
 )  # fmt: skip

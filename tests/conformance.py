@@ -1,0 +1,97 @@
+"""What the generated suite needs: which method runs on which family, and how a tuned model is made."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import zoo
+from torch import Tensor, nn
+
+import deltaworks as dw
+from deltaworks.core.delta import Delta
+
+FAMILIES = tuple(zoo.ZOO)
+TEXT = ("llama", "mistral", "qwen2", "gpt2", "bert", "roberta", "t5", "t5-gated", "bart")
+METHODS = tuple(dw.registry())
+
+
+def attach(model: nn.Module, method: str, *, name: str = "default", seed: int = 0) -> Delta:
+    """The method with options that suit tiny models."""
+    return dw.attach(model, method, name=name, seed=seed, **dw.registry()[method].small)
+
+
+@functools.cache
+def refusal(method: str, family: str) -> str | None:
+    """The sentence with which a method refuses a family, or None where it runs."""
+    model, _ = zoo.ZOO[family]()
+    try:
+        attach(model, method)
+    except dw.UserError as error:
+        return str(error)
+    return None
+
+
+def supported() -> list[tuple[str, str]]:
+    return [(method, family) for method in METHODS for family in FAMILIES if refusal(method, family) is None]
+
+
+def one_by_one(inputs: dict[str, Any]) -> list[dict[str, Any]]:
+    """The batch as batches of one."""
+    count = next(iter(inputs.values())).shape[0]
+    return [
+        {
+            key: value[row : row + 1] if isinstance(value, Tensor) and value.dim() else value
+            for key, value in inputs.items()
+        }
+        for row in range(count)
+    ]
+
+
+def begin(delta: Delta, family: str, inputs: dict[str, Any], steps: int = 10) -> None:
+    def loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        return zoo.loss_of(family, model, batch)
+
+    delta.procedure.begin(dw.Run(steps=steps, batches=[inputs], loss=loss, one_by_one=one_by_one(inputs)))
+
+
+@torch.no_grad()
+def disturb(delta: Delta, seed: int = 1, size: float = 0.1) -> None:
+    """Move every trained tensor away from its start, as training would."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in delta.parameters():
+        parameter.add_(size * torch.randn(parameter.shape, generator=generator))
+
+
+def tuned(method: str, family: str, *, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, dict[str, Any], Delta]:
+    """A model with an adapter that has moved away from its start."""
+    model, inputs = zoo.ZOO[family]()
+    model, inputs = cast(model, inputs, dtype)
+    delta = attach(model, method)
+    begin(delta, family, inputs)
+    disturb(delta)
+    return model, inputs, delta
+
+
+def cast(model: nn.Module, inputs: dict[str, Any], dtype: torch.dtype) -> tuple[nn.Module, dict[str, Any]]:
+    moved = {
+        key: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+        for key, value in inputs.items()
+    }
+    return model.to(dtype), moved
+
+
+def frozen_output(family: str, *, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The base model's output with all weights frozen, as they are under an adapter."""
+    model, inputs = zoo.ZOO[family]()
+    model, inputs = cast(model, inputs, dtype)
+    model.requires_grad_(False)
+    return zoo.output_of(family, model, inputs)
+
+
+def difference(a: Tensor, b: Tensor) -> float:
+    """Largest absolute difference over the largest absolute value."""
+    assert a.shape == b.shape, (a.shape, b.shape)
+    a, b = a.detach(), b.detach()
+    return float((a.double() - b.double()).abs().max() / b.double().abs().max().clamp(min=1e-12))
