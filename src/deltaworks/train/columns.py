@@ -169,10 +169,10 @@ def _label(table: Table, names: list[str], taken: set[str]) -> str | None:
 
 def _is_label(table: Table, name: str) -> bool:
     values = _values(table, name)
+    if values and name.lower() in SURE_LABELS:
+        return True  # values that are no classes are refused later, at their line
     if not values or not all(isinstance(value, bool | int | str) for value in values):
         return False
-    if name.lower() in SURE_LABELS:
-        return True
     if any(isinstance(value, str) and len(value) > LONGEST_LABEL for value in values):
         return False
     distinct = len(set(values))
@@ -192,7 +192,7 @@ def _text(table: Table, names: list[str]) -> str | None:
 
 def _is_text(table: Table, name: str) -> bool:
     values = _values(table, name)
-    return bool(values) and sum(isinstance(value, str) for value in values) * 2 > len(values)
+    return bool(values) and sum(isinstance(value, str) for value in values) * 2 >= len(values)
 
 
 def _is_image(table: Table, name: str) -> bool:

@@ -56,8 +56,10 @@ def scaler_of(source: str, config: Any) -> PictureScaler:
 
     settings, _ = ImageProcessingMixin.get_image_processor_dict(source)
     size: Any = settings.get("crop_size") or settings.get("size") or getattr(config, "image_size", 224)
+    height: Any
+    width: Any
     if isinstance(size, int):
-        height, width = size, size
+        height = width = size
     elif isinstance(size, dict):
         shortest = size.get("shortest_edge", 224)
         height, width = size.get("height", shortest), size.get("width", shortest)

@@ -56,13 +56,20 @@ class PooledClassifier(nn.Module):
         """The token embedding of the encoder."""
         return self.encoder.get_input_embeddings()  # type: ignore[operator]
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None, **options: Any) -> None:
         """Recompute the encoder's blocks in the backward pass instead of storing their activations."""
-        self.encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs)  # type: ignore[operator]
+        self.encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs, **options)  # type: ignore[operator]
 
     def gradient_checkpointing_disable(self) -> None:
         """Store activations again."""
         self.encoder.gradient_checkpointing_disable()  # type: ignore[operator]
+
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: Any = None, **options: Any) -> None:
+        """The name under which later versions of the Trainer call `gradient_checkpointing_enable`."""
+        enable: Any = getattr(
+            self.encoder, "activation_checkpointing_enable", self.encoder.gradient_checkpointing_enable
+        )
+        enable(activation_checkpointing_kwargs, **options)
 
     def enable_input_require_grads(self) -> None:
         """Let gradients flow through checkpointed blocks although the embeddings are frozen."""
