@@ -191,6 +191,11 @@ def test_the_group_its_cheapest_and_the_baselines() -> None:
     assert head == "Training only the head reaches 70.0 %, so Big gains 25.0 points over a frozen model."
 
 
+def test_equal_costs_are_not_praised() -> None:
+    text = " ".join(verdict([run("A", "1110"), run("B", "1100", training_samples_per_second=173.0)]))
+    assert not any(word in text for word in ("smallest (", "fastest", "least memory"))
+
+
 def test_lost_runs_are_counted_by_what_became_of_them() -> None:
     records = [run("A", "1110"), run("B", None, status="diverged"), run("C", None, status="interrupted")]
     assert "2 runs of 3 did not finish: B diverged; C was interrupted." in verdict(records)

@@ -126,6 +126,7 @@ def section(comparison: Comparison) -> dict[str, Any]:
     return {
         "title": f"{count} on {run.data.name}",
         "subtitle": _subtitle(comparison, len(seeds)),
+        "seeds": len(seeds),
         "lead": lead,
         "findings": others,
         "caveats": caveats(comparison),

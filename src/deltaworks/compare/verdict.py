@@ -7,6 +7,9 @@ from deltaworks.compare.records import Record
 from deltaworks.compare.standings import Comparison, Entry, compare, told_apart
 from deltaworks.compare.wording import join, plural, show_bytes, show_count, show_share, three_digits
 
+# Speeds and memories of repeated runs differ by a few per cent; a smaller lead is not worth a sentence.
+_SPREAD = 0.05
+
 
 def verdict(records: Sequence[Record]) -> list[str]:
     """A few plain sentences for a person: who leads, at what cost, against which baselines, how surely.
@@ -63,34 +66,42 @@ def _seeds(entry: Entry) -> int:
 
 
 def _cheapest(comparison: Comparison) -> list[str]:
+    """Who within the leading group is smallest, fastest and leanest; silent where there is no real spread."""
     group = comparison.leaders
     if len(comparison.candidates) == 1:
         return []
-    costs: list[tuple[str, Entry]] = []
-    smallest = min(group, key=lambda entry: entry.any_run.counts.trainable)
-    run = smallest.any_run
-    share = show_share(run.counts.trainable, run.model.parameters)
-    size = f"{show_count(run.counts.trainable)} trainable parameters" + (f", {share} of the model" if share else "")
-    costs.append((f"is the smallest ({size})", smallest))
-    speeds = [(entry.training_samples_per_second, entry) for entry in group]
-    known = [(speed, entry) for speed, entry in speeds if speed is not None]
-    if known:
-        speed, fastest = max(known, key=lambda pair: pair[0])
-        costs.append((f"trains fastest ({three_digits(speed)} samples per second)", fastest))
-    memories = [(entry.peak_memory_bytes, entry) for entry in group]
-    weighed = [(memory, entry) for memory, entry in memories if memory is not None]
-    if weighed:
-        memory, leanest = min(weighed, key=lambda pair: pair[0])
-        costs.append((f"needs the least memory ({show_bytes(memory)} at its peak)", leanest))
     if len(group) == 1:
-        memory_text = f", {show_bytes(weighed[0][0])} of memory at its peak" if weighed else ""
-        return [f"It trains {size}{memory_text}."]
-    by_entry: dict[int, list[str]] = defaultdict(list)
-    for text, entry in costs:
-        by_entry[id(entry)].append(text)
-    named = {id(entry): entry.label for _, entry in costs}
-    clauses = [f"{named[key]} {join(texts)}" for key, texts in by_entry.items()]
-    return [f"Within this group {'; '.join(clauses)}."]
+        memory = group[0].peak_memory_bytes
+        return [f"It trains {_size(group[0])}" + (f" and peaks at {show_bytes(memory)} of memory." if memory else ".")]
+    praise: dict[str, list[str]] = defaultdict(list)
+    sizes = [(float(entry.any_run.counts.trainable), entry) for entry in group]
+    if smallest := _stands_out(sizes, lowest=True, spread=0.0):
+        praise[smallest[1].label].append(f"is the smallest ({_size(smallest[1])})")
+    speeds = [(entry.training_samples_per_second, entry) for entry in group]
+    if fastest := _stands_out(speeds, lowest=False, spread=_SPREAD):
+        praise[fastest[1].label].append(f"trains fastest ({three_digits(fastest[0])} samples per second)")
+    memories = [(entry.peak_memory_bytes, entry) for entry in group]
+    if leanest := _stands_out(memories, lowest=True, spread=_SPREAD):
+        praise[leanest[1].label].append(f"needs the least memory ({show_bytes(leanest[0])} at its peak)")
+    clauses = [f"{label} {join(reasons)}" for label, reasons in praise.items()]
+    return [f"Within this group {'; '.join(clauses)}."] if clauses else []
+
+
+def _size(entry: Entry) -> str:
+    run = entry.any_run
+    share = show_share(run.counts.trainable, run.model.parameters)
+    return f"{show_count(run.counts.trainable)} trainable parameters" + (f", {share} of the model" if share else "")
+
+
+def _stands_out(
+    values: Sequence[tuple[float | None, Entry]], *, lowest: bool, spread: float
+) -> tuple[float, Entry] | None:
+    """The lowest or highest value with its entry, where the values differ by more than the share ``spread``."""
+    known = [(value, entry) for value, entry in values if value is not None]
+    if not known:
+        return None
+    low, high = min(known, key=lambda pair: pair[0]), max(known, key=lambda pair: pair[0])
+    return (low if lowest else high) if high[0] - low[0] > spread * high[0] else None
 
 
 def _baselines(comparison: Comparison) -> list[str]:
@@ -112,7 +123,7 @@ def _baselines(comparison: Comparison) -> list[str]:
         reached = f"Training only the head reaches {comparison.show(head.score)}"
         gap = comparison.gap(best.score - head.score)
         if not told_apart(best, head):
-            sentences.append(f"{reached}, and no method shows a clear gain over it.")
+            sentences.append(f"{reached}, and {best.label} shows no clear gain over it.")
         elif best.better(best.score, head.score):
             sentences.append(f"{reached}, so {best.label} gains {gap} over a frozen model.")
         else:
