@@ -1,0 +1,1 @@
+"""Many runs, their records, and the report that a person looks at."""
