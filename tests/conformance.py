@@ -30,6 +30,8 @@ def refusal(method: str, family: str) -> str | None:
         attach(model, method)
     except dw.UserError as error:
         return str(error)
+    except Exception:  # a fault of the method: its tests shall run and show it
+        return None
     return None
 
 

@@ -403,3 +403,47 @@ def test_stores_little_and_counts_what_it_trains(method: str) -> None:
     sparse = any(not tensor.is_floating_point() for tensor in tensors)
     assert report.stored_bytes <= (8.2 if sparse else 4.1) * max(report.trainable, 1)
     assert str(report.trainable) in str(report).replace(",", "")
+
+
+SITE_KINDS = {
+    "linear": "plain",
+    "conv1d": "gpt2",
+    "conv2d": "convnet",
+    "embedding": "llama",
+    "norm": "bert",
+    "parameters": "vit",
+    "block": "llama",
+}
+KINDS = [(method, kind) for method in METHODS for kind in dw.registry()[method].kinds if kind in SITE_KINDS]
+
+
+@pytest.mark.parametrize(("method", "kind"), KINDS, ids=[f"{method}-{kind}" for method, kind in KINDS])
+def test_every_kind_of_site_that_it_claims(method: str, kind: str, tmp_path: Path) -> None:
+    family = SITE_KINDS[kind]
+    base = frozen_output(family)
+    model, inputs = zoo.ZOO[family]()
+    options = dw.registry()[method].small
+    if "targets" in dw.registry()[method]().options() and dw.registry()[method]().targets:
+        places = dw.anatomy(model).select("all", (kind,))
+        options = {**options, "targets": [place.path for place in places if place.part is None][:3]}
+    try:
+        delta = dw.attach(model, method, **options)
+    except dw.UserError as error:
+        assert "rank" in str(error) or "no bias" in str(error), "a claimed kind is refused for another reason than size"
+        return
+    if dw.registry()[method].identity:
+        assert difference(zoo.output_of(family, model, inputs), base) < 1e-5
+    begin(delta, family, inputs)
+    disturb(delta)
+    moved = zoo.output_of(family, model, inputs)
+    zoo.loss_of(family, model, inputs).backward()
+    assert any(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in delta.parameters())
+    delta.save(tmp_path)
+    fresh, _ = zoo.ZOO[family]()
+    dw.load(fresh, tmp_path)
+    assert difference(zoo.output_of(family, fresh, inputs), moved) < 1e-6
+    if not delta.limit("merge") and not ties(delta):
+        delta.merge()
+        assert difference(zoo.output_of(family, model, inputs), moved) < 2e-5
+        delta.unmerge()
+        assert torch.equal(zoo.output_of(family, model, inputs), moved)

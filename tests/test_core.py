@@ -1,6 +1,8 @@
 """The engine by its own numbers: forms, switching, rows, merging, detaching, copying."""
 
 import pickle
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
@@ -188,3 +190,34 @@ def test_attach_to_a_seven_billion_shape_on_the_meta_device() -> None:
     model = zoo.real("llama-7b")
     delta = dw.attach(model, "lora", rank=64)
     assert sum(parameter.numel() for parameter in delta.parameters()) == 159_907_840
+
+
+def test_a_tuner_around_a_block_and_around_a_sublayer() -> None:
+    from deltaworks.core.forms import Tuner
+    from deltaworks.core.registry import Config, option
+
+    class Halved(Tuner):
+        def __init__(self, site, config) -> None:
+            super().__init__()
+            self.share = site.ones(1)
+
+        def around(self, base, x):
+            return x + 0.5 * self.share * (base(x) - x)
+
+    @dataclass(kw_only=True)
+    class Halving(Config):
+        targets: str = option("block", "blocks")
+        name: ClassVar[str] = "halving"
+        kinds: ClassVar[tuple[str, ...]] = ("block",)
+        tuner_class: ClassVar[type] = Halved
+
+    model, inputs = llama()
+    kept = [layer.forward for layer in model.model.layers]
+    delta = dw.attach(model, Halving())
+    assert [item.place.path for item in delta.attached] == ["model.layers.0", "model.layers.1"]
+    halved = output(model, inputs)
+    delta.detach()
+
+    for layer, forward in zip(model.model.layers, kept, strict=True):
+        layer.forward = lambda x, *args, forward=forward, **kwargs: x + 0.5 * (forward(x, *args, **kwargs) - x)
+    assert difference(halved, output(model, inputs)) < 1e-6
