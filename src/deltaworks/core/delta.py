@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -91,21 +92,31 @@ class Delta:
                 family = type(getattr(self.model, "config", None)).__name__.removesuffix("Config").lower()
                 if key == f"family:{family}":
                     raise UserError(f"{config.name} does not work on {type(self.model).__name__}: {sentence}")
-            for place in config.places(self.anatomy):
-                attached.append(self._make(config.tuner, member, place, shared, config))
+            made = [self._make(config.tuner, member, place, shared, config) for place in config.places(self.anatomy)]
+            if not any(made):
+                mend = config.limits.get("nothing", "give targets")
+                raise UserError(f"{config} has nothing to tune in {type(self.model).__name__}: {mend}")
+            attached += [item for item in made if item is not None]
+        replaced = {item.place.path for item in attached if isinstance(item.tuner, Replacement)}
         for place in self.anatomy.select(self.also, OPERATIONS_WITH_PARAMETERS) if self.also else []:
-            if place.part is None:
+            if place.part is None and place.path not in replaced:
                 item = self._make(Replacement, len(self.members), place, shared, None)
+                assert item is not None
                 item.key += "<also>" * any(item.key == other.key for other in attached)
                 attached.append(item)
-        if not attached:
-            raise UserError(f"{self.config} has nothing to tune in {type(self.model).__name__}: give targets")
         return attached
 
-    def _make(self, make: Any, member: int, place: Place, shared: dict[Hashable, Any], config: Any) -> Attached:
+    def _make(self, make: Any, member: int, place: Place, shared: dict[Hashable, Any], config: Any) -> Attached | None:
         site = Site(place, self.model, self.anatomy, self.seed, shared)
         site.member = member
-        tuner: Tuner = make(site)
+        if place.kind == "trunk" and "inputs_embeds" not in inspect.signature(site.module.forward).parameters:
+            raise UserError(
+                f"{place.path!r} of {type(self.model).__name__} makes its embeddings itself, so no virtual tokens can "
+                "stand before them: give other targets or another method"
+            )
+        tuner: Tuner | None = make(site)
+        if tuner is None:
+            return None
         tuner.place, tuner.config = place, config
         tuner.train(self.model.training)
         self._taps += site.taps
@@ -233,11 +244,20 @@ class Delta:
                 owner = owner.rpartition(".")[0]
             owned[owner][key.removeprefix(f"{owner}.")] = value
         for item in self.attached:
-            restore = Tuner.restore if training else type(item.tuner).restore
+            # a class that leaves out what only training needs has all of it in a training checkpoint
+            whole = training and item.tuner.gives("stored")
+            restore = Tuner.restore if whole else type(item.tuner).restore
             try:
                 restore(item.tuner, owned[item.key])
             except UserError as error:
                 raise UserError(f"the checkpoint does not fit {item.key!r}: {error}") from None
+        self.reshaped()
+
+    def reshaped(self) -> None:
+        """To be called after tensors changed their shapes: decides again what one compiled graph can serve."""
+        for path in self._paths():
+            module: Any = self.model.get_submodule(path)
+            module._alike = _alike(module)
 
     # ------------------------------------------------------------------ what can be done with it
 

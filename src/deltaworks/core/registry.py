@@ -56,8 +56,8 @@ class Config:
         if "rank" in hints and "alpha" in hints and self.alpha is None:  # type: ignore[attr-defined]
             self.alpha = self.rank  # type: ignore[attr-defined]
 
-    def tuner(self, site: Any) -> Tuner:
-        """The tuner for one site."""
+    def tuner(self, site: Any) -> Tuner | None:
+        """The tuner for one site; None where there is nothing to tune."""
         if self.tuner_class is None:
             raise NotImplementedError(f"{self.name} has no tuner")
         return self.tuner_class(site, self)  # type: ignore[call-arg]
@@ -125,8 +125,8 @@ def method(
     ``family`` is its place in the taxonomy ("reparametrized/low-rank"); ``paper`` author, year and arXiv number;
     ``kinds`` the kinds of places it can stand around; ``identity`` whether the model's output is unchanged at
     step 0; ``learning_rate`` a default found by running; ``limits`` what it cannot do ("merge", "rows",
-    "generate", "compile", "checkpointing", "bfloat16" or "family:NAME"), each with the sentence that its error says;
-    ``small`` options that suit a model of width 32, where the defaults do not.
+    "generate", "compile", "checkpointing", "bfloat16", "family:NAME" or "nothing" to tune), each with the sentence
+    that its error says; ``small`` options that suit a model of width 32, where the defaults do not.
     """
 
     def register(config: ConfigClass) -> ConfigClass:
