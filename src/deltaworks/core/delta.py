@@ -20,7 +20,7 @@ from deltaworks.core.forms import Replacement, Tuner
 from deltaworks.core.procedure import Procedure, Procedures
 from deltaworks.core.registry import Config, configure
 from deltaworks.core.report import Report, report
-from deltaworks.core.sites import Site, base_tensors, effective, to_matrix, unwrap, wrap
+from deltaworks.core.sites import Site, base_tensors, effective, is_causal, to_matrix, unwrap, wrap
 
 OPERATIONS_WITH_PARAMETERS = ("linear", "conv1d", "conv2d", "embedding", "norm", "parameters")
 
@@ -162,8 +162,7 @@ class Delta:
                 decoder: Any = self.model.get_submodule(other.path)
                 wrap(decoder, self.board)
                 decoder._widens = True
-        causal = any(getattr(inner, "is_causal", False) is True for inner in module.modules())
-        module._counts_positions = causal and "position_ids" in module._argument_names
+        module._counts_positions = is_causal(module) and "position_ids" in module._argument_names
         for other in self.anatomy.places:
             if other.role == "embedding.position" and other.stack == place.stack and other.kind == "embedding":
                 table: Any = self.model.get_submodule(other.path)

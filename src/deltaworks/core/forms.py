@@ -66,9 +66,13 @@ class Tokens(NamedTuple):
     def insert(self, prompt: Tensor, at: int = 0) -> Tokens:
         """The same input with virtual tokens ``prompt`` [count, width] in front of each row's real token ``at``.
 
-        While decoding with a cache, which holds them already, they are only noted.
+        While decoding with a cache, which holds them already, they are only noted. Raises UserError where other
+        virtual tokens stand at another position.
         """
-        noted = self._replace(inserted=(at, prompt.shape[-2]))
+        position, count = self.inserted
+        if count and position != at:
+            raise UserError(f"virtual tokens stand at position {position} already, so none can stand at {at}")
+        noted = self._replace(inserted=(at, count + prompt.shape[-2]))
         if self.cached:
             return noted
         prompt = prompt.to(self.embeds.dtype).expand(self.embeds.shape[0], *prompt.shape[-2:])
@@ -114,7 +118,7 @@ class Tuner(nn.Module):
     Trained tensors are float32; ``around`` casts them to the dtype of its input.
     """
 
-    rates: Mapping[str, float] = {}  # noqa: RUF012 - replaced, never changed in place
+    rates: Mapping[str, float] = {}
     """Learning rate of a parameter, by name, as a multiple of the run's."""
     decays: ClassVar[bool] = True
     """Whether weight decay makes sense (not for tensors that start at one)."""

@@ -100,6 +100,18 @@ class Site:
             )
 
     @property
+    def trunk(self) -> Place | None:
+        """The trunk that this place belongs to."""
+        trunks = (place for place in self.anatomy.places if place.kind == "trunk")
+        return next((place for place in trunks if place.stack == self.place.stack), None)
+
+    @property
+    def causal(self) -> bool:
+        """Whether the attention around this place sees only the tokens before."""
+        trunk = self.model if self.trunk is None else self.model.get_submodule(self.trunk.path)
+        return is_causal(trunk)
+
+    @property
     def device(self) -> torch.device:
         tensor = next(self.module.parameters(), None)
         tensor = tensor if tensor is not None else next(self.model.parameters(), None)
@@ -152,6 +164,11 @@ class Site:
         tap = Tap(side)
         self.taps.append((self.model.get_submodule(path), tap))
         return tap
+
+
+def is_causal(trunk: nn.Module) -> bool:
+    """Whether self-attention in a trunk sees only the tokens before."""
+    return any(getattr(module, "is_causal", False) is True for module in trunk.modules())
 
 
 def stable_hash(text: str) -> int:
@@ -399,7 +416,10 @@ def run_trunk(module: Any, run: Callable[..., Any], tuners: list[Any], args: tup
 
     def base(tokens: Tokens) -> Tensor:
         changed = tokens.embeds is not embeds or tokens.inserted[1]
-        result[0] = run(**{**call, **trunk_arguments(module, call, tokens)} if changed else call)
+        new = trunk_arguments(module, call, tokens) if changed else {}
+        if tokens.embeds is not embeds:
+            new |= {"input_ids": None, "inputs_embeds": tokens.embeds}
+        result[0] = run(**call | new)
         at, count = tokens.inserted
         if count and not tokens.cached and not module._keeps_inserted:
             return removed(result[0][0], at, count, mask)
@@ -417,8 +437,8 @@ def run_trunk(module: Any, run: Callable[..., Any], tuners: list[Any], args: tup
 
 
 def trunk_arguments(module: Any, call: dict[str, Any], tokens: Tokens) -> dict[str, Any]:
-    """What a trunk's forward gets in place of its arguments: embeddings, and mask, positions, types to match."""
-    new: dict[str, Any] = {"input_ids": None, "inputs_embeds": tokens.embeds}
+    """What a trunk's forward gets in place of its arguments: mask, positions and types that match the embeddings."""
+    new: dict[str, Any] = {}
     at, count = tokens.inserted
     length = tokens.embeds.shape[1]
     if module._longest is not None and tokens.cached + length > module._longest:
@@ -449,6 +469,8 @@ def trunk_positions(module: Any, call: dict[str, Any], tokens: Tokens) -> Tensor
     positions, mask, (at, count) = call.get("position_ids"), tokens.mask, tokens.inserted
     batch, length = tokens.embeds.shape[:2]
     if module._first_position is not None and positions is None:
+        if tokens.cached:
+            return None
         # positions count what is not padding, by its token id where the ids are known
         ids = call.get("input_ids")
         real = mask if ids is None else ids.ne(module._first_position - 1).long()
