@@ -208,6 +208,36 @@ def test_a_saved_dataset_with_class_names(tmp_path):
     assert all(row["label"] == int(row["text"].split()[1]) % 2 for row in data.train)
 
 
+def test_secret_test_labels_are_replaced_by_the_validation_split(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features(
+        {"sentence": datasets.Value("string"), "label": datasets.ClassLabel(names=["bad", "good"])}
+    )
+
+    def split(name: str, labels: list[int]):
+        rows = {"sentence": [f"{name} {k}" for k in range(len(labels))], "label": labels}
+        return datasets.Dataset.from_dict(rows, features=features)
+
+    splits = {
+        "train": split("train", [0, 1] * 10),
+        "validation": split("valid", [0, 1]),
+        "test": split("test", [-1] * 5),
+    }
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "set")
+    data = load_data(tmp_path / "set")
+    assert [row["text"] for row in data.test] == ["valid 0", "valid 1"]
+    assert len(data.train) + len(data.validation) == 20
+    assert any("labels of the test split are secret" in note for note in data.notes)
+
+
+def test_the_only_row_of_a_class_stays_in_training(tmp_path):
+    rows = [*ROWS, {"text": "the only one", "label": "rare"}]
+    path = write(tmp_path / "rows.jsonl", rows)
+    for seed in range(20):
+        data = load_data(path, seed=seed, validation=0.3)
+        assert sum(row["text"] == "the only one" for row in data.train) == 1
+
+
 # --- what is refused, each in one sentence
 
 
@@ -378,8 +408,10 @@ def test_unreadable_file(tmp_path):
     assert "cannot be read: Permission denied" in refusal(path)
 
 
-def test_impossible_path():
+def test_impossible_paths():
     assert "cannot be read" in refusal("x" * 5000 + ".jsonl")
+    assert "cannot be read" in refusal("~nobody-of-this-name/rows.jsonl")
+    assert "does not exist" in refusal("a\0b.jsonl")
 
 
 def test_unknown_suffix(tmp_path):

@@ -137,6 +137,17 @@ def test_minilm_trains_under_the_trainer(tmp_path):
     assert not torch.equal(before, loaded.model.classifier.weight)
 
 
+@needs_minilm
+def test_a_half_precision_encoder_keeps_a_float32_head():
+    whole = load_model("minilm", "classification", labels=LABELS)
+    half = load_model("minilm", "classification", labels=LABELS, dtype="bfloat16")
+    assert {weight.dtype for weight in half.model.encoder.parameters()} == {torch.bfloat16}
+    assert torch.equal(half.model.classifier.weight, whole.model.classifier.weight)
+    batch = whole.processor("one short text", return_tensors="pt")
+    difference = (whole.model(**batch).logits - half.model(**batch).logits).abs().max()
+    assert 0 < difference < 0.05
+
+
 def test_pooling_by_hand():
     states = torch.tensor([[[1.0, 8.0], [3.0, -2.0], [100.0, 100.0]]])
     mask = torch.tensor([[1, 1, 0]])

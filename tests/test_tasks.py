@@ -28,7 +28,7 @@ class Letters:
 
     pad_token_id, bos_token_id, eos_token_id, model_max_length = 0, 1, 2, 30
 
-    def __call__(self, text=None, add_special_tokens=True, truncation=False, max_length=None, text_target=None):
+    def __call__(self, text=None, add_special_tokens=True, truncation=False, max_length=None, text_target=None, **_):
         texts = text_target if text is None else text
         if isinstance(texts, str):
             return {key: values[0] for key, values in self([texts], add_special_tokens).items()}

@@ -131,6 +131,7 @@ def _tables(source: str | Path, test: str | Path | None, task: str | None) -> tu
             notes.append(f"read as {fitting!r}, since the task is {task!r}")
     else:
         tables = _tables_of(source)
+        notes += [note for table in tables.values() for note in table.notes]
     if test is not None:
         extra = _tables_of(test)
         tables["test"] = extra.get("test") or extra["train"]
@@ -146,11 +147,11 @@ def _built_in(name: str) -> dict[str, Table]:
 
 
 def _tables_of(source: str | Path) -> dict[str, Table]:
-    path = Path(source).expanduser()
     try:
+        path = Path(source).expanduser()
         there = path.exists()
-    except OSError as error:
-        raise UserError(f"{str(source)!r} cannot be read: {error.strerror}") from error
+    except (OSError, RuntimeError) as error:  # a name too long, the home of an unknown user
+        raise UserError(f"{str(source)!r} cannot be read: {error}") from error
     if there or isinstance(source, Path):
         return read_splits(path)
     from deltaworks.train.hub import HUB_ID, read_hub_dataset
@@ -193,7 +194,7 @@ def _hold_out(rows: list[Row], fraction: float, generator: random.Random) -> tup
         return rows, []
     wanted = max(1, round(fraction * len(rows)))
     if "label" in rows[0]:
-        held_out = set(_spread(rows, wanted, generator))
+        held_out = set(_spread(rows, wanted, generator, spared=1))
     else:
         groups: dict[str, list[int]] = {}
         for index, row in enumerate(rows):
@@ -234,8 +235,8 @@ def _by_class(rows: list[Row]) -> list[list[int]]:
     return [members[label] for label in sorted(members)]
 
 
-def _spread(rows: list[Row], count: int, generator: random.Random) -> list[int]:
-    """`count` indices, drawn so that each class has its share.
+def _spread(rows: list[Row], count: int, generator: random.Random, spared: int = 0) -> list[int]:
+    """At most `count` indices, drawn so that each class has its share, with `spared` rows of each left alone.
 
     Every row of a class of n gets a place (k + u) / n with one u in [0, 1) per class; the `count` rows with
     the lowest places have the proportions of the whole, and ties between small classes fall at random.
@@ -244,7 +245,8 @@ def _spread(rows: list[Row], count: int, generator: random.Random) -> list[int]:
     for members in _by_class(rows):
         shuffled = generator.sample(members, len(members))
         offset = generator.random()
-        places += [((k + offset) / len(members), index) for k, index in enumerate(shuffled)]
+        drawn = shuffled[: len(members) - spared]
+        places += [((k + offset) / len(members), index) for k, index in enumerate(drawn)]
     return [index for _, index in sorted(places)[:count]]
 
 

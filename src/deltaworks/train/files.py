@@ -7,7 +7,7 @@ import io
 import json
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -35,17 +35,19 @@ class Table:
         unit: What `numbers` counts: "line", "row" or "item".
         numbers: The place of each row in its source, from 1.
         label_names: Names of integer labels, where the source declares them, by column.
+        notes: What was done to the source on the way, for the user.
     """
 
     source: str
     rows: list[Row]
     unit: str
     numbers: list[int]
-    label_names: dict[str, list[str]]
+    label_names: dict[str, list[str]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     @classmethod
     def of(cls, source: str, rows: list[Row], unit: str, numbers: list[int] | None = None) -> "Table":
-        return cls(source, rows, unit, numbers or list(range(1, len(rows) + 1)), {})
+        return cls(source, rows, unit, numbers or list(range(1, len(rows) + 1)))
 
     @cached_property
     def columns(self) -> list[str]:

@@ -93,12 +93,21 @@ def _tables(name: str, found: Any) -> dict[str, Table]:
         role = known.get(str(split))
         if role is not None and role not in splits:
             splits[role] = _table(f"{name} [{split}]", dataset)
+    if not splits:
+        raise UserError(f"{name} has the splits {', '.join(map(str, found))}, none of which is 'train'")
     if "train" not in splits:
-        only = next(iter(splits.values()), None)
-        if only is None:
-            raise UserError(f"{name} has the splits {', '.join(map(str, found))}, none of which is 'train'")
-        splits = {"train": only}
+        return {"train": next(iter(splits.values()))}
+    if "test" in splits and _labels_are_secret(splits["test"]):
+        del splits["test"]
+        if "validation" in splits:
+            splits["test"] = splits.pop("validation")
+            splits["test"].notes.append("the labels of the test split are secret: its validation split is the test")
     return splits
+
+
+def _labels_are_secret(table: Table) -> bool:
+    """Whether a class column is -1 throughout, as benchmarks with a leaderboard publish their test rows."""
+    return any(all(row[column] == -1 for row in table.rows) for column in table.label_names)
 
 
 def _table(source: str, dataset: Any) -> Table:

@@ -49,8 +49,17 @@ class Loaded:
     head: list[str]
 
 
+@dataclass(frozen=True)
+class _Wanted:
+    """What the model is for; `labels` is empty for the tasks without classes."""
+
+    task: str
+    labels: list[str]
+    dtype: torch.dtype
+
+
 def load_model(
-    source: str,
+    source: str | Path,
     task: str,
     *,
     labels: list[str] | None,
@@ -71,6 +80,7 @@ def load_model(
     Raises:
         UserError: The source is unknown or unreadable, or its model cannot do the task.
     """
+    source = str(source)
     if task not in ROLES:
         raise UserError(f"the task {task!r} is not known; {nearest(task, ROLES)}")
     if dtype not in DTYPES:
@@ -78,27 +88,30 @@ def load_model(
     if task in LABELLED and (not labels or len(labels) < 2):
         raise UserError(f"the task {task!r} needs the names of at least two classes in labels")
     names = list(labels or []) if task in LABELLED else []
+    wanted = _Wanted(task, names, DTYPES[dtype])
     with torch.random.fork_rng(), _quiet():
         torch.manual_seed(seed)
         if source == "tiny-vit":
-            loaded = _tiny_vit(task, names, image_shape)
+            loaded = _tiny_vit(wanted, image_shape)
         elif source == "minilm":
             folder, version = _minilm_folder()
-            loaded = _from_folder(folder, task, names, f"all-MiniLM-L6-v2 ({MINILM_PACKAGE} {version})")
+            loaded = _from_folder(folder, wanted, f"all-MiniLM-L6-v2 ({MINILM_PACKAGE} {version})")
         else:
-            loaded = _from_elsewhere(source, task, names)
-    loaded.model.to(DTYPES[dtype])
+            loaded = _from_elsewhere(source, wanted)
+    config: Any = getattr(loaded.model, "config", None)
+    if getattr(config, "use_cache", False):
+        config.use_cache = False  # training and scoring read no earlier keys and values; generation has its own setting
     loaded.model.eval()
     return loaded
 
 
-def _from_elsewhere(source: str, task: str, labels: list[str]) -> Loaded:
+def _from_elsewhere(source: str, wanted: _Wanted) -> Loaded:
     folder = Path(source).expanduser()
     if folder.is_dir():
-        return _from_folder(folder, task, labels, folder.resolve().name)
+        return _from_folder(folder, wanted, folder.resolve().name)
     module, colon, function = source.partition(":")
     if colon and all(part.isidentifier() for part in module.split(".")) and function.isidentifier():
-        return _from_function(source, module, function)
+        return _from_function(source, module, function, wanted.dtype)
     from deltaworks.train.hub import HUB_ID
 
     if source.startswith((".", "/", "~")) or not HUB_ID.fullmatch(source):
@@ -106,7 +119,7 @@ def _from_elsewhere(source: str, task: str, labels: list[str]) -> Loaded:
     hint = nearest(source, BUILT_IN)
     if "/" not in source and hint.startswith("did you mean"):
         raise UserError(f"the model {source!r} is not known; {hint}")
-    return _from_hub(source, task, labels)
+    return _from_hub(source, wanted)
 
 
 def _minilm_folder() -> tuple[Path, str]:
@@ -126,7 +139,7 @@ def _minilm_folder() -> tuple[Path, str]:
     return Path(spec.origin).parent / "model", version
 
 
-def _from_function(source: str, module: str, function: str) -> Loaded:
+def _from_function(source: str, module: str, function: str, dtype: torch.dtype) -> Loaded:
     sys.path.insert(0, "")  # the user's own file beside the command, as `python -m` would find it
     try:
         found = importlib.import_module(module)
@@ -144,16 +157,16 @@ def _from_function(source: str, module: str, function: str) -> Loaded:
         raise UserError(f"calling {source!r} without arguments failed ({type(error).__name__}: {error})") from error
     if not isinstance(model, nn.Module):
         raise UserError(f"{source!r} returned a {type(model).__name__}; it must return a torch.nn.Module")
-    return Loaded(model, getattr(model, "processor", None), source, [])
+    return Loaded(model.to(dtype), getattr(model, "processor", None), source, [])
 
 
-def _tiny_vit(task: str, labels: list[str], image_shape: Sequence[int] | None) -> Loaded:
+def _tiny_vit(wanted: _Wanted, image_shape: Sequence[int] | None) -> Loaded:
     from transformers import ViTConfig, ViTForImageClassification
 
     from deltaworks.train.pictures import PictureScaler
 
-    if task != "images":
-        raise UserError(f"the model 'tiny-vit' looks at pictures; it cannot do the task {task!r}")
+    if wanted.task != "images":
+        raise UserError(f"the model 'tiny-vit' looks at pictures; it cannot do the task {wanted.task!r}")
     height, width, *channels = image_shape or (28, 28)
     # the side in whole patches of 4 pixels, at most 64: larger pictures are scaled down
     side = min(64, max(8, -(-max(height, width) // 4) * 4))
@@ -167,36 +180,37 @@ def _tiny_vit(task: str, labels: list[str], image_shape: Sequence[int] | None) -
         intermediate_size=128,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
-        **_label_maps(labels),
+        **_label_maps(wanted.labels),
     )
-    model = ViTForImageClassification(config)
+    model: nn.Module = ViTForImageClassification(config)
+    model.to(wanted.dtype)
     scaler = PictureScaler(side, side, config.num_channels, (0.5,), (0.5,))
     return Loaded(model, scaler, f"tiny-vit (random weights, not pretrained, {side}x{side})", ["classifier"])
 
 
-def _from_folder(folder: Path, task: str, labels: list[str], base: str) -> Loaded:
+def _from_folder(folder: Path, wanted: _Wanted, base: str) -> Loaded:
     if not (folder / "config.json").is_file():
         raise UserError(f"the folder {folder} holds no config.json; give a folder written by save_pretrained")
-    if (folder / "modules.json").is_file() and task in ("classification", "pairs"):
-        return _sentence_encoder(folder, labels, base)
-    return _auto(str(folder), task, labels, base)
+    if (folder / "modules.json").is_file() and wanted.task in ("classification", "pairs"):
+        return _sentence_encoder(folder, wanted, base)
+    return _auto(str(folder), wanted, base)
 
 
-def _from_hub(source: str, task: str, labels: list[str]) -> Loaded:
+def _from_hub(source: str, wanted: _Wanted) -> Loaded:
     from deltaworks.train.hub import cached_model, hub_is_reachable
 
     if hub_is_reachable():
-        return _auto(source, task, labels, source)
+        return _auto(source, wanted, source)
     folder = cached_model(source)
     if folder is None:
         raise UserError(
             f"the model {source!r} is no local folder, and the Hugging Face Hub cannot be reached from here "
             f"and has no cached copy of it; give a folder, or one of {', '.join(BUILT_IN)}"
         )
-    return _from_folder(folder, task, labels, source)
+    return _from_folder(folder, wanted, source)
 
 
-def _sentence_encoder(folder: Path, labels: list[str], base: str) -> Loaded:
+def _sentence_encoder(folder: Path, wanted: _Wanted, base: str) -> Loaded:
     from transformers import AutoConfig, AutoModel
 
     from deltaworks.train.pooled import PooledClassifier
@@ -204,11 +218,12 @@ def _sentence_encoder(folder: Path, labels: list[str], base: str) -> Loaded:
     config = _explained(base, AutoConfig.from_pretrained, str(folder))
     # the pooling layer of BERT is part of its next-sentence head, which sentence embedders do not use
     without_pooler = {"add_pooling_layer": False} if config.model_type in ("bert", "roberta", "xlm-roberta") else {}
-    options: dict[str, Any] = {"output_loading_info": True, "dtype": torch.float32, **without_pooler}
+    options: dict[str, Any] = {"output_loading_info": True, "dtype": wanted.dtype, **without_pooler}
     encoder, info = _explained(base, AutoModel.from_pretrained, str(folder), **options)
     _refuse_missing(base, "sentence encoder", info["missing_keys"])
-    model = PooledClassifier(encoder, len(labels), _pooling(folder))
-    vars(model.config).update(_label_maps(labels))
+    # the head stays float32: it is trained, and it is small
+    model = PooledClassifier(encoder, len(wanted.labels), _pooling(folder))
+    vars(model.config).update(_label_maps(wanted.labels))
     return Loaded(model, _tokenizer(str(folder), model, base), base, ["classifier"])
 
 
@@ -224,9 +239,10 @@ def _pooling(folder: Path) -> str:
     return chosen[0]
 
 
-def _auto(source: str, task: str, labels: list[str], base: str) -> Loaded:
+def _auto(source: str, wanted: _Wanted, base: str) -> Loaded:
     import transformers
 
+    task, labels = wanted.task, wanted.labels
     auto = getattr(transformers, AUTO_CLASSES[task])
     config = _explained(base, transformers.AutoConfig.from_pretrained, source)
     if type(config) not in auto._model_mapping:
@@ -236,7 +252,7 @@ def _auto(source: str, task: str, labels: list[str], base: str) -> Loaded:
         )
     options = {"ignore_mismatched_sizes": True, **_label_maps(labels)} if labels else {}
     model, info = _explained(
-        base, auto.from_pretrained, source, output_loading_info=True, dtype=torch.float32, **options
+        base, auto.from_pretrained, source, output_loading_info=True, dtype=wanted.dtype, **options
     )
     fresh = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
     head = sorted({name.rpartition(".")[0] for name in fresh})

@@ -1,6 +1,5 @@
 """What a task is: how its rows are encoded and batched, its loss, and its score per example."""
 
-import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,9 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltaworks.core.errors import UserError, nearest
+from deltaworks.train.batching import Encoded, batches, length_of
 from deltaworks.train.scores import classification_scores, token_scores
 
-Encoded = dict[str, Any]
+__all__ = ["IGNORED", "TASKS", "Encoded", "Task", "batches", "make_task"]
+
 IGNORED = -100  # a label that no loss and no score counts
 PAD_MULTIPLE = 8  # tokens; matrix units work in multiples of 8
 
@@ -67,7 +68,7 @@ class Task(ABC):
         if not encoded:
             raise UserError("there is nothing to evaluate: the split has no rows")
         # examples of like length share a batch, so little padding is computed
-        order = sorted(range(len(encoded)), key=lambda index: -_length(encoded[index]))
+        order = sorted(range(len(encoded)), key=lambda index: -length_of(encoded[index]))
         outcomes: list[dict[str, float]] = [{}] * len(encoded)
         with _evaluating(model), torch.no_grad():
             for start in range(0, len(order), batch_size):
@@ -164,11 +165,17 @@ class _TokenTask(Task):
 
     def _token_outcomes(self, logits: Tensor, labels: Tensor) -> list[dict[str, float]]:
         """Logits [batch, tokens, vocabulary] against the labels [batch, tokens] at the same places."""
-        counted = labels != IGNORED
-        logits = logits.float()
-        losses = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
-        right = (logits.argmax(dim=-1) == labels) & counted & logits.isfinite().all(dim=-1)
-        columns = (right.sum(dim=1).tolist(), counted.sum(dim=1).tolist(), losses.sum(dim=1).tolist())
+        rows, places = (labels != IGNORED).nonzero(as_tuple=True)  # each [counted]
+        targets = labels[rows, places]
+        counted = logits[rows, places].float()  # [counted, vocabulary]: only these need float32
+        losses = F.cross_entropy(counted, targets, reduction="none")
+        right = (counted.argmax(dim=-1) == targets) & counted.isfinite().all(dim=-1)
+
+        def summed(values: Tensor) -> list[float]:
+            total = torch.zeros(len(labels), dtype=torch.float64, device="cpu")
+            return total.index_add_(0, rows.cpu(), values.double().cpu()).tolist()
+
+        columns = (summed(right), summed(torch.ones_like(losses)), summed(losses))
         return [{"right": a, "tokens": b, "loss": c} for a, b, c in zip(*columns, strict=True)]
 
     def _summary(self, outcomes: list[dict[str, float]]) -> dict[str, Any]:
@@ -201,7 +208,8 @@ class Causal(_TokenTask):
         return [self._joined(prompt, target) for prompt, target in zip(prompts, targets, strict=True)]
 
     def _tokens(self, texts: list[str]) -> list[list[int]]:
-        return self.processor(texts, add_special_tokens=False)["input_ids"]
+        # not verbose: what is longer than the model can read is truncated here, after the joining
+        return self.processor(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
     def _joined(self, prompt: list[int], target: list[int]) -> Encoded:
         room = self.max_length - len(self._start)
@@ -273,58 +281,6 @@ def make_task(name: str, processor: Any, max_length: int = 256) -> Task:
             f"the task {name!r} needs a tokenizer or picture scaler; set it as the attribute 'processor' of the model"
         )
     return TASKS[name](processor, max_length)
-
-
-def batches(
-    encoded: Sequence[Encoded],
-    batch_size: int,
-    seed: int,
-    *,
-    epochs: int | None = None,
-    steps: int | None = None,
-    group_by_length: bool = False,
-) -> Iterator[list[Encoded]]:
-    """Lists of examples in an order that the seed alone decides, for `Task.collate`.
-
-    Every epoch is a fresh shuffle with a last batch that may be smaller; `steps` counts batches and goes
-    through as many epochs as it takes. `group_by_length` puts examples of like length into one batch.
-
-    Raises:
-        UserError: No rows, a batch size below 1, or not exactly one of `epochs` and `steps`.
-    """
-    if not encoded:
-        raise UserError("there is nothing to train on: the training split has no rows")
-    if batch_size < 1:
-        raise UserError(f"batch_size={batch_size} is not possible; give at least 1")
-    if (epochs is None) == (steps is None):
-        raise UserError("say either epochs or steps, not both and not neither")
-    per_epoch = -(-len(encoded) // batch_size)
-    return _batches(
-        encoded, batch_size, seed, steps if steps is not None else per_epoch * (epochs or 0), group_by_length
-    )
-
-
-def _batches(
-    encoded: Sequence[Encoded], batch_size: int, seed: int, steps: int, group_by_length: bool
-) -> Iterator[list[Encoded]]:
-    generator = random.Random(seed)
-    done = 0
-    while done < steps:
-        order = generator.sample(range(len(encoded)), len(encoded))
-        if group_by_length:
-            pool = 32 * batch_size  # examples sorted together: enough for like lengths, still random
-            pools = [order[start : start + pool] for start in range(0, len(order), pool)]
-            order = [index for part in pools for index in sorted(part, key=lambda i: -_length(encoded[i]))]
-        chunks = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-        if group_by_length:
-            generator.shuffle(chunks)
-        for chunk in chunks[: steps - done]:
-            yield [encoded[index] for index in chunk]
-        done += len(chunks)
-
-
-def _length(example: Encoded) -> int:
-    return len(example.get("input_ids", ()))
 
 
 def _logits(output: Any) -> Tensor:
