@@ -244,10 +244,12 @@ class Delta:
             owned[owner][key.removeprefix(f"{owner}.")] = value
         for item in self.attached:
             # a class that leaves out what only training needs has all of it in a training checkpoint
-            whole = training and item.tuner.gives("stored")
-            restore = Tuner.restore if whole else type(item.tuner).restore
+            every = Tuner.stored(item.tuner).keys()
             try:
-                restore(item.tuner, owned[item.key])
+                if training and owned[item.key].keys() == every:
+                    item.tuner.fill(owned[item.key], every)
+                else:
+                    item.tuner.restore(owned[item.key])
             except UserError as error:
                 raise UserError(f"the checkpoint does not fit {item.key!r}: {error}") from None
         self.reshaped()

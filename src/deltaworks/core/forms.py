@@ -11,7 +11,8 @@ form the tuner gives     meaning                                                
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -55,13 +56,14 @@ class Tokens(NamedTuple):
 
     Shapes: embeds [batch, length, width]; mask [batch, cached + length] or None. ``cached`` counts the positions
     that a key/value cache already holds. ``inserted`` is (position, count) of virtual tokens, which the engine
-    removes from the output again.
+    removes from the output again. ``arguments`` are all that the trunk was called with, by name.
     """
 
     embeds: Tensor
     mask: Tensor | None
     cached: int
     inserted: tuple[int, int] = (0, 0)
+    arguments: Mapping[str, Any] = MappingProxyType({})
 
     def insert(self, prompt: Tensor, at: int = 0) -> Tokens:
         """The same input with virtual tokens ``prompt`` [count, width] in front of each row's real token ``at``.
@@ -167,8 +169,12 @@ class Tuner(nn.Module):
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Take back what ``stored`` gave. Raises UserError where a name or a shape does not fit."""
+        self.fill(tensors, self.stored().keys())
+
+    def fill(self, tensors: Mapping[str, Tensor], expected: Collection[str]) -> None:
+        """Copy ``tensors`` into the own ones. Raises UserError where they are not exactly the ``expected`` ones."""
         own = dict(self.named_parameters()) | dict(self.named_buffers())
-        expected = self.stored().keys()
+        expected = set(expected)
         if missing := sorted(expected - tensors.keys()):
             raise UserError(f"tensor {missing[0]!r} is missing")
         if extra := sorted(tensors.keys() - expected):
