@@ -67,6 +67,7 @@ def attend(
                 )
             if extra.get("position_bias") is not None:
                 extra["position_bias"] = F.pad(extra["position_bias"], (grown, 0))
+        extra["scaling"] = heads.scaling  # not read off the features of a query, which a tuner may add to
         output, weights[0] = function(module, heads.query, heads.key, heads.value, mask, **extra)
         return output
 

@@ -16,6 +16,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltaworks.core.errors import UserError
@@ -45,9 +46,14 @@ class Heads(NamedTuple):
     def prepend(self, key: Tensor, value: Tensor) -> Heads:
         """The same call with more keys and values in front, visible to every query.
 
-        Shapes: [kv_heads, length, head_dim] for all rows, or [batch, kv_heads, length, head_dim].
+        Shapes: [kv_heads, length, head_dim] for all rows, or [batch, kv_heads, length, head_dim]. Features that
+        another tuner added behind the model's own are zero here.
         """
-        key, value = (extra.to(self.key.dtype).expand(self.key.shape[0], *extra.shape[-3:]) for extra in (key, value))
+        batch, features = self.key.shape[0], self.key.shape[-1]
+        key, value = (
+            F.pad(extra.to(self.key.dtype), (0, features - extra.shape[-1])).expand(batch, *extra.shape[-3:-1], -1)
+            for extra in (key, value)
+        )
         return self._replace(key=torch.cat([key, self.key], dim=2), value=torch.cat([value, self.value], dim=2))
 
 

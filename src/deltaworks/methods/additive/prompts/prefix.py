@@ -13,6 +13,7 @@ where the published code shifts the text by l: so a cache holds the text alone a
 """
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +32,7 @@ class FlatPrefixTuner(Tuner):
     arXiv:2303.16199, equation 6).
     """
 
-    def __init__(self, site: Site, config: "FlatPrefix") -> None:
+    def __init__(self, site: Site, config: Any) -> None:
         super().__init__()
         heads, size = site.heads
         self.key, self.value = site.normal(heads, config.length, size), site.normal(heads, config.length, size)
@@ -45,10 +46,11 @@ class FlatPrefixTuner(Tuner):
 
 def attended(heads: Heads, key: Tensor, value: Tensor) -> Tensor:
     """Attention to the prefix alone, [batch, length, heads, head_dim]."""
-    query = heads.query
+    query, others = heads.query[..., : key.shape[-1]], heads.query.shape[-1] - key.shape[-1]
     shared = query.shape[1] // key.shape[0]  # query heads of one key head
     key, value = (part.to(query.dtype).repeat_interleave(shared, 0) for part in (key, value))
-    return torch.softmax(heads.scaling * query @ key.mT, dim=-1).matmul(value).transpose(1, 2)
+    output = torch.softmax(heads.scaling * query @ key.mT, dim=-1) @ value
+    return F.pad(output.transpose(1, 2), (0, others))
 
 
 class Source(nn.Module):
@@ -104,7 +106,9 @@ class PrefixTuner(Tuner):
             if tensor.shape != shape:
                 raise UserError(f"tensor {name!r} has shape {list(tensor.shape)}, not {list(shape)}")
         device = next(self.parameters()).device
-        self.source = self.M2 = self.c2 = None
+        if self.source is not None:
+            self.source = None
+            del self.M2, self.c2
         self.key, self.value = (nn.Parameter(tensors[name].detach().to(device, copy=True)) for name in ("key", "value"))
 
 
@@ -116,6 +120,7 @@ class PrefixTuner(Tuner):
     tuner=PrefixTuner,
     identity=False,
     learning_rate=1e-3,
+    small={"length": 4, "width": 16},
 )
 class Prefix(Config):
     targets: str = option("*attention.kv", "the attentions that get virtual keys and values")
@@ -131,6 +136,7 @@ class Prefix(Config):
     tuner=FlatPrefixTuner,
     identity=False,
     learning_rate=1e-2,
+    small={"length": 4},
 )
 class FlatPrefix(Config):
     targets: str = option("*attention.kv", "the attentions that get virtual keys and values")

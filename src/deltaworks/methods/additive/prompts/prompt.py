@@ -26,7 +26,7 @@ class PromptTuner(Tuner):
 
     def __init__(self, site: Site, config: "Prompt") -> None:
         super().__init__()
-        table = site.module.get_input_embeddings()
+        table: nn.Embedding = site.module.get_input_embeddings()  # type: ignore[operator]
         entries, width = table.num_embeddings, table.embedding_dim
         if config.init == "uniform":
             self.E = site.uniform(config.length, width, bound=0.5)
@@ -55,6 +55,11 @@ class PromptTuner(Tuner):
     tuner=PromptTuner,
     identity=False,
     learning_rate=3e-2,
+    limits={
+        f"family:{family}": "it makes its embeddings itself, so no virtual tokens can stand before them"
+        for family in ("vit", "clip", "whisper")
+    },
+    small={"length": 4},
 )
 class Prompt(Config):
     targets: str = option("trunk", "the stacks that read the prompt; in encoder-decoder models the encoder's alone")
