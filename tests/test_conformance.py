@@ -134,6 +134,7 @@ def naive(family: str, delta: dw.Delta) -> Tensor | None:
     """The output of a plain float64 copy of the base with W + change written in by hand."""
     plain, inputs = zoo.ZOO[family]()
     plain = plain.double()
+    written: set[int] = set()
     inputs = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
     with torch.no_grad():
         for item in delta.attached:
@@ -143,7 +144,9 @@ def naive(family: str, delta: dw.Delta) -> Tensor | None:
             turned = item.place.kind in ("conv1d", "embedding")
             if tuner.gives("tensor"):
                 for name, parameter in list(module.named_parameters(recurse=False)):
-                    parameter.copy_(tuner.tensor(name, parameter.clone()))
+                    if id(parameter) not in written:  # a tied one is written once
+                        written.add(id(parameter))
+                        parameter.copy_(tuner.tensor(name, parameter.clone()))
                 continue
             if tuner.gives("factors") or tuner.gives("weight"):
                 weight = module.weight.data.t() if turned else module.weight.data
@@ -158,9 +161,12 @@ def naive(family: str, delta: dw.Delta) -> Tensor | None:
                 new = matrix.reshape(weight.shape)
                 module.weight = nn.Parameter((new.t() if turned else new).contiguous())
             if tuner.gives("bias"):
-                bias = module.bias.data.clone() if module.bias is not None else None
+                bias = getattr(module, "bias", None)
+                if bias is None and tuner.bias(None) is None:
+                    continue
                 if bias is None:
                     return None
+                bias = bias.data.clone()
                 bias[rows] = tuner.bias(bias[rows].clone())
                 module.bias = nn.Parameter(bias)
     return zoo.output_of(family, plain, inputs)

@@ -22,6 +22,10 @@ class Tap:
         self.side = side  # "input", "output", or "mask" (the token mask of a trunk)
         self.value: Any = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of a model starts without the values of a forward pass."""
+        return {"side": self.side, "value": None}
+
 
 class Board:
     """The adapters of one model and which of them act. Switching changes this object and nothing else.

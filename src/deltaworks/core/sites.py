@@ -428,11 +428,15 @@ def run_trunk(module: Any, run: Callable[..., Any], tuners: list[Any], args: tup
     around: Callable[[Any], Tensor] = base
     for tuner in tuners:
         around = functools.partial(tuner.around, around)
-    hidden = around(Tokens(embeds, mask, cached))
+    hidden = around(Tokens(embeds, mask, cached, arguments=call))
     output = result[0]
+    pooler = getattr(module, "pooler", None)
+    derived = [pooler(hidden)] if pooler is not None and hidden is not output[0] else []
     if isinstance(output, tuple):
-        return (hidden, *output[1:])
+        return (hidden, *derived, *output[1 + len(derived) :])
     output.last_hidden_state = hidden
+    if derived:
+        output.pooler_output = derived[0]
     return output
 
 
