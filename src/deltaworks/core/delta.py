@@ -213,10 +213,14 @@ class Delta:
         stored = {}
         for item in self.attached:
             own = Tuner.stored(item.tuner) if training else item.tuner.stored()
+            parameters = dict(item.tuner.named_parameters())
             for name, tensor in own.items():
                 key = f"{item.key}.{name}"
-                shares = isinstance(tensor, Tensor) and tensor.numel() > 0 and tensor.device.type != "meta"
-                same = (tensor.data_ptr(), tensor.shape, tensor.dtype) if shares else key
+                same: Hashable = key
+                if tensor.device.type == "meta":  # no storage to compare
+                    same = id(parameters[name]) if name in parameters else key
+                elif tensor.numel() > 0:
+                    same = (tensor.data_ptr(), tensor.shape, tensor.dtype)
                 stored[key] = (tensor, first.setdefault(same, key))
         return stored
 

@@ -143,8 +143,8 @@ class Site:
 
     def truncated(self, *shape: int, std: float) -> nn.Parameter:
         """N(0, std^2) entries, drawn again beyond two standard deviations."""
-        limits = {"a": -2 * std, "b": 2 * std, "generator": self.generator}
-        return self._random(shape, lambda tensor: nn.init.trunc_normal_(tensor, 0.0, std, **limits))
+        ends = (-2 * std, 2 * std)
+        return self._random(shape, lambda tensor: nn.init.trunc_normal_(tensor, 0.0, std, *ends, self.generator))
 
     def uniform(self, *shape: int, bound: float) -> nn.Parameter:
         """U(-bound, bound) entries."""
@@ -522,6 +522,8 @@ def acting(module: Any) -> list[Any]:
     if torch.compiler.is_compiling() and board.single and module._alike and len(module.deltas) == len(board.deltas) > 1:
         columns = zip(*module.deltas.values(), strict=True)
         return [Selected(list(column), board.index) for column in columns]
+    if not len(module.deltas):  # only watched: a graph through here need not know who acts
+        return []
     return [tuner for name in board.active if name in module.deltas for tuner in module.deltas[name]]
 
 
