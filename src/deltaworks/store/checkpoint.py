@@ -37,6 +37,7 @@ def save(delta: Delta, folder: str | Path, *, training: bool = False) -> Path:
     for key, value in tensors.items():
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise UserError(f"tensor {key!r} holds values that are not finite, so {delta.name!r} is not saved")
+    progress = pack(delta.procedure.state(), tensors, "procedure") if training else None
     blob = serialize(tensors)
     file = f"adapter-{hashlib.sha256(blob).hexdigest()[:12]}.safetensors"
     manifest = {
@@ -51,7 +52,7 @@ def save(delta: Delta, folder: str | Path, *, training: bool = False) -> Path:
         "base": base_marks(delta.model, delta),
     }
     if training:
-        manifest["procedure"] = delta.procedure.state()
+        manifest["procedure"] = progress
     write_atomically(folder / file, blob)
     write_atomically(folder / MANIFEST, json.dumps(manifest, indent=2))
     for old in folder.glob("adapter-*.safetensors"):
@@ -111,13 +112,37 @@ def load(model: nn.Module, folder: str | Path, *, name: str | None = None, any_b
     try:
         if not any_base:
             check_base(manifest["base"], base_marks(model, delta), folder)
+        progress = unpack(manifest.get("procedure", {}), tensors)
         delta.restore(tensors, training=manifest.get("training", False))
         if manifest.get("training"):
-            delta.procedure.resume(manifest.get("procedure", {}))
+            delta.procedure.resume(progress)
     except BaseException:
         delta.detach()
         raise
     return delta
+
+
+def pack(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
+    """A procedure's state as JSON data: each tensor moves to ``tensors`` and leaves its name there."""
+    if isinstance(value, Tensor):
+        tensors[path] = value.detach().cpu().contiguous()
+        return {"tensor": path}
+    if isinstance(value, dict):
+        return {key: pack(inner, tensors, f"{path}/{key}") for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [pack(inner, tensors, f"{path}/{index}") for index, inner in enumerate(value)]
+    return value
+
+
+def unpack(data: Any, tensors: dict[str, Tensor]) -> Any:
+    """The inverse of ``pack``; takes its tensors out of ``tensors``. Raises UserError for one that is not there."""
+    if isinstance(data, dict) and data.keys() == {"tensor"} and isinstance(data["tensor"], str):
+        if data["tensor"] not in tensors:
+            raise UserError(f"the checkpoint misses {data['tensor']!r}")
+        return tensors.pop(data["tensor"])
+    if isinstance(data, dict):
+        return {key: unpack(inner, tensors) for key, inner in data.items()}
+    return [unpack(inner, tensors) for inner in data] if isinstance(data, list) else data
 
 
 def base_marks(model: nn.Module, delta: Delta) -> dict[str, Any]:

@@ -1,0 +1,172 @@
+"""AdaLoRA: low-rank changes in SVD form whose ranks share one budget and move to where they matter.
+
+Paper: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning, Zhang et al., 2023, arXiv:2303.10512 (ICLR).
+
+Formula: W' = W + s P diag(L) Q, with P [out, r], L [r], Q [r, in], s = alpha / rank; the loss gains
+gamma times the mean over all P and Q of ||P^T P - I||_F and ||Q Q^T - I||_F.
+Importance of an entry w with gradient g: I = |w g|; Ibar <- beta Ibar + (1 - beta) I; Ubar <- beta Ubar +
+(1 - beta) |I - Ibar|; s(w) = Ibar Ubar. Of triplet i: S = s(L_i) + mean_j s(P_ji) + mean_j s(Q_ij).
+Budget: b0 up to step t_i; bT + (b0 - bT) (1 - (t - t_i) / (T - t_i - t_f))^3; bT for the last t_f steps. The b(t)
+triplets of the largest S over all matrices stay; L is 0 for the others, whose P and Q train on.
+Count: initial (in + out + 1) for each weight while training; its kept triplets times (in + out + 1) afterwards.
+Departure: s is constant, while the published code divides by the mean rank that is left (which its update absorbs).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deltaworks.core.delta import Delta
+from deltaworks.core.errors import UserError
+from deltaworks.core.forms import Factors, Tuner
+from deltaworks.core.procedure import Procedure, Run
+from deltaworks.core.registry import Config, method, option
+from deltaworks.core.sites import Site
+
+
+class AdaLoRATuner(Tuner):
+    """The triplets P [out, r], L [r], Q [r, in] of one weight; those with L = 0 are not stored."""
+
+    def __init__(self, site: Site, config: "AdaLoRA") -> None:
+        super().__init__()
+        site.check_rank(config.start)
+        out, inner = site.shape
+        self.P, self.Q = site.normal(out, config.start, std=0.02), site.normal(config.start, inner, std=0.02)
+        self.L = site.zeros(config.start)
+        self.scale = config.alpha / config.rank  # type: ignore[operator]
+
+    def factors(self) -> Factors:
+        return Factors(self.L[:, None] * self.Q, self.P, self.scale)
+
+    def penalty(self) -> Tensor:
+        """||P^T P - I||_F + ||Q Q^T - I||_F (equation 4; as the published code has it, not squared)."""
+        eye = torch.eye(len(self.L), device=self.L.device)
+        return torch.linalg.matrix_norm(self.P.T @ self.P - eye) + torch.linalg.matrix_norm(self.Q @ self.Q.T - eye)
+
+    def stored(self) -> dict[str, Tensor]:
+        kept = self.L.detach() != 0 if self.L.device.type != "meta" else slice(None)
+        return {"P": self.P.detach()[:, kept], "L": self.L.detach()[kept], "Q": self.Q.detach()[kept]}
+
+    @torch.no_grad()
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take any number of triplets up to r; the others get L = 0 and keep their P and Q."""
+        (out, most), inner = self.P.shape, self.Q.shape[1]
+        rank = tensors["L"].numel() if "L" in tensors else 0
+        shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+        if shapes != {"P": [out, rank], "L": [rank], "Q": [rank, inner]} or rank > most:
+            raise UserError(f"P [{out}, r], L [r], Q [r, {inner}] with r <= {most} are needed, not {shapes}")
+        self.P[:, :rank], self.Q[:rank], self.L.zero_()[:rank] = tensors["P"], tensors["Q"], tensors["L"]
+
+
+class BudgetProcedure(Procedure):
+    """Scores every entry after each step and masks what the budget leaves no room for."""
+
+    def __init__(self, delta: Delta, config: "AdaLoRA") -> None:
+        super().__init__(delta)
+        self.config, self.step, self.steps, self.warmup, self.final = config, 0, 0, 0, 0
+        self.tuners: dict[str, Any] = {item.key: item.tuner for item in delta.attached if item.tuner.config is config}
+        self.scores: dict[str, Tensor] = {}  # "key.P" -> Ibar and Ubar, [2, *shape of P]
+        self.history: list[list[int]] = []  # [step, rank of the first matrix, rank of the second, ...]
+
+    def begin(self, run: Run) -> None:
+        shares = self.config.warmup, self.config.final
+        self.steps = run.steps
+        self.warmup, self.final = (int(share if share >= 1 else share * run.steps) for share in shares)
+        if run.steps <= self.warmup + self.final:
+            raise UserError(
+                f"adalora needs more steps than warmup ({self.warmup}) and final ({self.final}) take, but the run has "
+                f"{run.steps}: train longer, or give smaller ones (below 1 they are shares of the run)"
+            )
+
+    def budget(self, step: int) -> int:
+        """How many triplets may stay after ``step`` (equation 11)."""
+        first, last = (rank * len(self.tuners) for rank in (self.config.start, self.config.rank))
+        left = 1 - (step - self.warmup) / (self.steps - self.warmup - self.final)
+        return int(last + (first - last) * min(max(left, 0.0), 1.0) ** 3)
+
+    def loss(self, loss: Tensor) -> Tensor:
+        penalties = [tuner.penalty().to(loss.device) for tuner in self.tuners.values()]
+        return loss + self.config.gamma * torch.stack(penalties).mean() / 2
+
+    @torch.no_grad()
+    def stepped(self) -> None:
+        self.step += 1
+        scores = {key: self._triplet_scores(key, tuner) for key, tuner in self.tuners.items()}
+        if self.step >= self.steps - self.final or (self.step > self.warmup and self.step % self.config.interval == 0):
+            self.mask(scores, self.budget(self.step))
+        if self.step % max(1, self.steps // 20) == 0 or self.step == self.steps:
+            ranks = torch.stack([tuner.L.count_nonzero().cpu() for tuner in self.tuners.values()])
+            self.history.append([self.step, *ranks.tolist()])
+
+    def _triplet_scores(self, key: str, tuner: AdaLoRATuner) -> Tensor:
+        """S [r], after the moving averages have taken in the current gradients (equations 8 to 10)."""
+        total = torch.zeros_like(tuner.L)
+        for name, dim in (("P", 0), ("L", None), ("Q", 1)):
+            entry: Tensor = getattr(tuner, name)
+            sensitivity = torch.zeros_like(entry) if entry.grad is None else (entry * entry.grad).abs()
+            if f"{key}.{name}" not in self.scores:
+                self.scores[f"{key}.{name}"] = entry.new_zeros(2, *entry.shape)
+            average, uncertainty = self.scores[f"{key}.{name}"]
+            average.lerp_(sensitivity, 1 - self.config.beta)
+            uncertainty.lerp_((sensitivity - average).abs(), 1 - self.config.beta)
+            score = average * uncertainty
+            total += score if dim is None else score.mean(dim)
+        return total
+
+    def mask(self, scores: Mapping[str, Tensor], budget: int) -> None:
+        """Keep the ``budget`` triplets of the largest scores over all matrices; L becomes 0 for the others."""
+        every = torch.cat([score.cpu() for score in scores.values()])
+        keep = torch.zeros_like(every).index_fill(0, every.topk(budget).indices, 1.0)
+        for key, kept in zip(scores, keep.split([len(score) for score in scores.values()]), strict=True):
+            self.tuners[key].L.data.mul_(kept.to(self.tuners[key].L.device))
+
+    def end(self) -> None:
+        self.step, self.scores = 0, {}
+
+    def state(self) -> dict[str, Any]:
+        return {"step": self.step, "scores": self.scores, "history": self.history}
+
+    def resume(self, state: dict[str, Any]) -> None:
+        self.step, self.history = state["step"], [list(row) for row in state["history"]]
+        own = {f"{key}.{name}": p for key, tuner in self.tuners.items() for name, p in tuner.named_parameters()}
+        for name, score in state["scores"].items():
+            if name not in own or score.shape[1:] != own[name].shape:
+                raise UserError(f"the scores {name!r} of shape {list(score.shape)} fit no matrix of this adapter")
+            self.scores[name] = score.to(own[name].device, copy=True)
+
+    def details(self) -> dict[str, Any]:
+        """``adalora_ranks``: rows of [step, kept triplets of each matrix], in the order of ``adalora_matrices``."""
+        return {"adalora_matrices": list(self.tuners), "adalora_ranks": self.history}
+
+
+@method(
+    "adalora",
+    family="reparametrized/low-rank",
+    paper="Zhang et al., 2023, arXiv:2303.10512",
+    kinds=("linear", "conv1d", "conv2d", "embedding"),
+    learning_rate=1e-3,
+)
+class AdaLoRA(Config):
+    targets: str = option("linear", "the paper: all six matrices of every block")
+    rank: int = option(8, "mean rank bT / n that is left at the end", least=1)
+    initial: int | None = option(None, "rank b0 / n of every matrix at the start; default: 1.5 times the rank", least=1)
+    alpha: float | None = option(None, "scale: s = alpha / rank; default: the rank, so s = 1", least=0)
+    warmup: float = option(0.1, "t_i, steps before pruning; below 1 a share of the run", least=0)
+    final: float = option(0.5, "t_f, steps with the final budget; below 1 a share of the run", least=0)
+    interval: int = option(10, "steps between two prunings", least=1)
+    gamma: float = option(0.1, "weight of the orthogonality loss", least=0)
+    beta: float = option(0.85, "b1 = b2 of the moving averages", least=0, most=1)
+
+    @property
+    def start(self) -> int:
+        return self.initial or -(-3 * self.rank // 2)
+
+    def tuner(self, site: Site) -> Tuner:
+        if self.start < self.rank:
+            raise UserError(f"adalora: initial={self.initial} is less than rank={self.rank}, which is left at the end")
+        return AdaLoRATuner(site, self)
+
+    def procedure(self, delta: Delta) -> Procedure:
+        return BudgetProcedure(delta, self)
