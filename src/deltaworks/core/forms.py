@@ -77,6 +77,8 @@ class Tokens(NamedTuple):
         While decoding with a cache, which holds them already, they are only noted. Raises UserError where other
         virtual tokens stand at another position.
         """
+        if not prompt.shape[-2]:
+            return self
         position, count = self.inserted
         if count and position != at:
             raise UserError(f"virtual tokens stand at position {position} already, so none can stand at {at}")
