@@ -83,11 +83,11 @@ MORE: dict[str, Callable[[], nn.Module]] = {
     "qwen2-moe": lambda: hf.Qwen2MoeForCausalLM(
         hf.Qwen2MoeConfig(**EXPERTS, shared_expert_intermediate_size=16, decoder_sparse_step=1)
     ),
-    "qwen3-moe": lambda: hf.Qwen3MoeForCausalLM(hf.Qwen3MoeConfig(**EXPERTS, head_dim=8)),
+    "qwen3-moe": lambda: hf.Qwen3MoeForCausalLM(hf.Qwen3MoeConfig(**EXPERTS | {"head_dim": 8})),
     "distilbert": lambda: hf.DistilBertForSequenceClassification(hf.DistilBertConfig(**NARROW)),
     "deberta": lambda: hf.DebertaModel(hf.DebertaConfig(**SIZES)),
     "deberta-v2": lambda: hf.DebertaV2ForSequenceClassification(
-        hf.DebertaV2Config(**SIZES, relative_attention=True, position_buckets=8, pos_att_type=["p2c", "c2p"])
+        hf.DebertaV2Config(**SIZES | {"position_buckets": 8}, relative_attention=True, pos_att_type=["p2c", "c2p"])
     ),
     "albert": lambda: hf.AlbertForSequenceClassification(hf.AlbertConfig(**SIZES, embedding_size=16)),
     "electra": lambda: hf.ElectraForSequenceClassification(hf.ElectraConfig(**SIZES, embedding_size=16)),
@@ -392,9 +392,9 @@ def test_tied() -> None:
     assert found("t5").tied == [
         ["shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"]
     ]
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    model[1].weight = nn.Parameter(model[0].weight.data)  # another parameter over the same storage
-    assert anatomy(model).tied == [["0.weight", "1.weight"]]
+    first, second = nn.Linear(4, 4), nn.Linear(4, 4)
+    second.weight = nn.Parameter(first.weight.data)  # another parameter over the same storage
+    assert anatomy(nn.Sequential(first, second)).tied == [["0.weight", "1.weight"]]
 
 
 # ---- sub-layers, verified by running the model -----------------------------------------------------------
@@ -426,8 +426,8 @@ def test_sublayers_add_up(name: str) -> None:
         return hook
 
     with torch.no_grad():
-        for block in places.select("block"):
-            for path, module in model.get_submodule(block.path).named_modules(prefix=block.path):
+        for whole in places.select("block"):
+            for path, module in model.get_submodule(whole.path).named_modules(prefix=whole.path):
                 module.register_forward_hook(watch(path), with_kwargs=True)
         model(**inputs)
     blocks = {path: (stack, i) for stack, found in places.blocks.items() for i, path in enumerate(found)}
@@ -632,8 +632,8 @@ def test_decoders_with_cross_attention() -> None:
         "cross_attention.v": (32, 64),
     }
     assert paths(gpt2.select("norm.cross_attention@0")) == ["transformer.h.0.ln_cross_attn"]
-    config = hf.BertConfig(**SIZES, is_decoder=True, add_cross_attention=True)
-    (cross,) = anatomy(hf.BertLMHeadModel(config)).select("cross_attention@1", {"sublayer"})
+    decoder = hf.BertConfig(**SIZES, is_decoder=True, add_cross_attention=True)
+    (cross,) = anatomy(hf.BertLMHeadModel(decoder)).select("cross_attention@1", {"sublayer"})
     layer = "bert.encoder.layer.1.crossattention."
     assert (cross.path, cross.entry, cross.after_norm) == (
         layer + "output.dropout",

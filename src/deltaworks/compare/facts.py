@@ -1,0 +1,152 @@
+"""The fine print: every fact of every run, and what all runs of a comparison share.
+
+Facts are pairs of a name and a text; one without a text is left out.
+"""
+
+import datetime
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from deltaworks.compare.records import Record
+from deltaworks.compare.standings import Comparison, Entry, score_of
+from deltaworks.compare.wording import plural, show_bytes
+
+
+@dataclass
+class Setting:
+    """All facts of one run, for the section of details."""
+
+    title: str
+    summary: str
+    message: str
+    facts: list[tuple[str, str]]
+
+
+def setting(entry: Entry, run: Record) -> Setting:
+    """The facts of ``run``, one of those of ``entry``."""
+    score = score_of(run, entry.split)
+    summary = run.status if score is None or run.status != "finished" else f"{entry.split} score {score:.4g}"
+    counts = run.counts
+    facts = [
+        ("Run", run.run_id),
+        ("Method", run.method),
+        ("Family", run.family),
+        ("Paper", run.paper),
+        ("Targets", f"{run.targets} ({plural(run.sites, 'site')})" if run.targets or run.sites else ""),
+        (
+            "Counts",
+            f"{counts.trainable:,} trainable, {counts.changed:,} changed, {counts.head:,} in the head, "
+            f"{counts.stored_bytes:,} bytes stored",
+        ),
+        (
+            "Rank of the change",
+            "; ".join(f"{role}: median {rank.median:g}, max {rank.max:g}" for role, rank in sorted(run.rank.items())),
+        ),
+        ("Types", _pairs(run.dtypes)),
+        ("Optimizer", run.optimizer),
+        ("Learning rates", _learning_rates(run)),
+        ("Chosen rate", _chosen_rate(run)),
+        ("Schedule", _schedule(run)),
+        ("Validation", _known((("last", run.validation.last), ("best", run.validation.best)), "{0} {1:.4g}")),
+        ("Peak memory", _peak_memory(run)),
+        ("Saved activations", "" if run.saved_activation_bytes is None else show_bytes(run.saved_activation_bytes)),
+        (
+            "Tokens per second",
+            _known(
+                (("training", run.training_tokens_per_second), ("inference", run.inference_tokens_per_second)),
+                "{1:,.0f} in {0}",
+            ),
+        ),
+        ("Merge error", "" if run.merge_error is None else f"{run.merge_error:.2g} (largest output difference)"),
+        ("Started", _moment(run.started)),
+        ("Finished", _moment(run.finished)),
+        ("Configuration", _json(run.config)),
+        ("Details", _json(run.details)),
+    ]
+    return Setting(
+        title=f"{entry.label}, seed {run.seed}",
+        summary=summary,
+        message=run.message,
+        facts=_told(facts),
+    )
+
+
+def shared_facts(comparison: Comparison) -> list[tuple[str, str]]:
+    """What all runs share; where they differ, all values."""
+    run, runs = comparison.any_run, comparison.records
+    facts = [
+        ("Model", f"{run.model.id}, {run.model.parameters:,} parameters"),
+        ("Data", f"{run.data.name}, digest {run.data.digest}"),
+        ("Task", run.data.task),
+        ("Examples", ", ".join(f"{size:,} {split}" for split, size in run.data.sizes.items())),
+        ("Labels", _labels(run.data.labels)),
+        ("Head", f"{run.counts.head:,} values, trained with every method" if run.counts.head else ""),
+        ("Optimizer", _each(found.optimizer for found in runs)),
+        ("Learning rate chosen on", _each(found.learning_rate_split for found in runs)),
+        ("Memory includes", _each(found.peak_memory_includes for found in runs)),
+        ("Hardware", _each(found.hardware for found in runs)),
+        ("Versions", _each(_pairs(found.versions) for found in runs)),
+    ]
+    return _told(facts)
+
+
+def _told(facts: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    return [(name, text) for name, text in facts if text]
+
+
+def _each(values: Iterable[str]) -> str:
+    """The values that are not empty, each once."""
+    return "; ".join(dict.fromkeys(value for value in values if value))
+
+
+def _known(values: Iterable[tuple[str, float | None]], form: str) -> str:
+    """The values that were measured; ``form`` shows a name (0) and its value (1)."""
+    return ", ".join(form.format(name, value) for name, value in values if value is not None)
+
+
+def _learning_rates(run: Record) -> str:
+    return ", ".join(
+        f"{trial.rate:g} → {'diverged' if trial.score is None else f'{trial.score:.4g}'}"
+        for trial in run.learning_rates
+    )
+
+
+def _chosen_rate(run: Record) -> str:
+    if run.learning_rate is None:
+        return ""
+    split = f", on the {run.learning_rate_split} split" if run.learning_rate_split else ""
+    return f"{run.learning_rate:g}{split}"
+
+
+def _schedule(run: Record) -> str:
+    epochs = "" if run.epochs is None else f", {run.epochs:g} epochs"
+    return (
+        f"{plural(run.steps, 'step')}, batch size {run.batch_size}, {plural(run.examples, 'example')}{epochs}"
+        f", seed {run.seed}"
+    )
+
+
+def _peak_memory(run: Record) -> str:
+    if run.peak_memory_bytes is None:
+        return ""
+    includes = f" ({run.peak_memory_includes})" if run.peak_memory_includes else ""
+    return show_bytes(run.peak_memory_bytes) + includes
+
+
+def _moment(time: datetime.datetime | None) -> str:
+    return "" if time is None else time.isoformat(sep=" ", timespec="seconds")
+
+
+def _json(values: dict[str, Any]) -> str:
+    return json.dumps(values, indent=2, ensure_ascii=False) if values else ""
+
+
+def _pairs(values: dict[str, str]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in values.items())
+
+
+def _labels(labels: Sequence[str], limit: int = 12) -> str:
+    shown = ", ".join(labels[:limit])
+    return f"{shown} and {len(labels) - limit} more" if len(labels) > limit else shown

@@ -1,0 +1,108 @@
+"""What a place is, and what a single module tells of itself: its kind, its features, what its `forward` takes.
+
+The rest of the reading (`stacks`, `blocks`, `sublayers`, `structure`) puts these together into a model.
+"""
+
+import inspect
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import CodeType
+
+from torch import nn
+
+KINDS = (
+    "linear",
+    "conv1d",
+    "conv2d",
+    "embedding",
+    "norm",
+    "sublayer",
+    "keyvalue",
+    "block",
+    "trunk",
+    "parameters",
+)
+LINEAR = ("linear", "conv1d")
+
+
+@dataclass(frozen=True)
+class Place:
+    """One operation of the model that a tuner can stand around.
+
+    Attributes:
+        path: dotted path of the module that is wrapped; "" is the model itself.
+        role: what the operation does, such as "attention.q".
+        kind: one of `KINDS`.
+        stack: "encoder", "decoder", "vision", "text", ... where the model has several stacks of blocks, else "".
+        block: index of the block inside its stack; None outside the blocks.
+        part: [start, stop) of the output features, for one projection inside a fused one.
+        entry: for a sub-layer whose input is read by another module than `path`: that module's path.
+        after_norm: for a sub-layer of a post-norm block: the norm applied to (its output + the residual).
+    """
+
+    path: str
+    role: str
+    kind: str
+    stack: str = ""
+    block: int | None = None
+    part: tuple[int, int] | None = None
+    entry: str | None = None
+    after_norm: str | None = None
+
+
+def kind_of(module: nn.Module) -> str | None:
+    """The kind of a module that owns weights, None of one that owns none."""
+    if isinstance(module, nn.Linear):
+        return "linear"
+    if isinstance(module, nn.Conv2d):
+        return "conv2d"
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    if any(kind.__name__ == "Conv1D" for kind in type(module).__mro__):
+        return "conv1d"
+    if next(module.parameters(recurse=False), None) is None:
+        return None
+    return "norm" if is_norm(module) else "parameters"
+
+
+def is_norm(module: nn.Module) -> bool:
+    return any(re.search(r"Norm(\dd)?$", kind.__name__) for kind in type(module).__mro__)
+
+
+def is_early_norm(name: str) -> bool:
+    """Whether the name of a norm outside the blocks says that it stands in front of them."""
+    return "embed" in name or name.startswith("pre")
+
+
+def is_keyvalue(module: nn.Module) -> bool:
+    """Whether a module computes attention through transformers' registry of attention functions."""
+    return hasattr(getattr(module, "config", None), "_attn_implementation") and any(
+        "ALL_ATTENTION_FUNCTIONS" in code.co_names for code in _forwards(type(module))
+    )
+
+
+def features_of(module: nn.Module) -> tuple[int, int]:
+    """(input, output) features of a linear or of transformers' Conv1D, whose weight is [in, out]."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    rows, columns = module.weight.shape  # type: ignore[union-attr, misc]
+    return int(rows), int(columns)
+
+
+def arguments_of(module: nn.Module) -> set[str]:
+    """Names of the arguments that a module's `forward` takes, in its class or in one that it extends."""
+    return {
+        name
+        for code in _forwards(type(module))
+        for name in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    }
+
+
+def _forwards(kind: type[nn.Module]) -> Iterator[CodeType]:
+    """The code below the decorators of every `forward`, in a module class and in those that it extends."""
+    for ancestor in kind.__mro__:
+        forward = ancestor.__dict__.get("forward")
+        code = getattr(inspect.unwrap(forward) if callable(forward) else None, "__code__", None)
+        if code is not None:  # else it is not written in Python
+            yield code
