@@ -100,17 +100,11 @@ def test_all_adapters_hold_one_slow_tensor_and_all_feed_its_gradient() -> None:
     assert {id(tuner.A) for tuner in tuners} == {id(tuners[0].A)}
     disturb(delta, size=0.3)
     zoo.loss_of("bert", model, inputs).backward()
-    whole = tuners[0].A.grad.clone()
+    assert float(tuners[0].A.grad.abs().sum()) > 0
     for tuner in tuners:
-        others = [id(other) for other in tuners if other is not tuner]
         tuners[0].A.grad = None
-        for other in tuners:
-            other.requires_grad_(True)
-        x = torch.randn(2, zoo.WIDTH)
-        tuner.around(lambda y: y, x).sum().backward()
+        tuner.around(lambda z: z, torch.randn(2, zoo.WIDTH)).sum().backward()
         assert float(tuners[0].A.grad.abs().sum()) > 0
-        assert len(others) == 3
-    assert float(whole.abs().sum()) > 0
     unshared = dw.attach(zoo.ZOO["bert"]()[0], "compacter", width=8, shared=False).tuners()
     assert len({id(tuner.A) for tuner in unshared}) == 4
 

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+import transformers
 import zoo
-from conformance import difference, frozen_output
+from conformance import difference, disturb, frozen_output
 from toy import Toy
 
 import deltaworks as dw
@@ -135,14 +136,33 @@ def test_only_adapters_norms_and_head_have_gradients() -> None:
 def test_trained_norms_come_back_from_a_file(tmp_path) -> None:  # type: ignore[no-untyped-def]
     model, inputs = zoo.ZOO["bert"]()
     delta = dw.attach(model, "houlsby", norms=True, width=4)
-    with torch.no_grad():
-        for parameter in delta.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+    disturb(delta)
     moved = zoo.output_of("bert", model, inputs)
     delta.save(tmp_path)
     fresh, _ = zoo.ZOO["bert"]()
     dw.load(fresh, tmp_path)
     assert torch.equal(zoo.output_of("bert", fresh, inputs), moved)
+
+
+def test_norms_inside_an_adapted_attention_come_back_from_a_file(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    """Qwen3 has norms of q and k inside the attention, so one place lies inside another one."""
+
+    def build() -> torch.nn.Module:
+        torch.manual_seed(0)
+        sizes = {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2}
+        heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4}
+        return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**sizes, **heads)).eval()
+
+    model, ids = build(), torch.arange(6)[None]
+    delta = dw.attach(model, "houlsby", norms=True, width=2)
+    assert "model.layers.0.self_attn.q_norm" in {item.place.path for item in delta.attached}
+    disturb(delta)
+    moved = model(ids).logits
+    delta.save(tmp_path)
+    fresh = build()
+    assert difference(fresh(ids).logits, moved) > 0.01
+    dw.load(fresh, tmp_path)
+    assert torch.equal(fresh(ids).logits, moved)
 
 
 def test_width_is_the_features_divided_by_the_reduction() -> None:
@@ -153,6 +173,6 @@ def test_width_is_the_features_divided_by_the_reduction() -> None:
         dw.attach(zoo.ZOO["bert"]()[0], "houlsby", reduction=33)
 
 
-def test_site_is_asked_for_the_width_of_the_residual_stream() -> None:
+def test_width_of_the_residual_stream_not_of_the_heads_or_the_feed_forward_layer() -> None:
     delta = dw.attach(zoo.real("t5-11b"), "houlsby", width=2)
     assert {tuple(tuner.D.shape) for tuner in delta.tuners()} == {(2, 1024)}
