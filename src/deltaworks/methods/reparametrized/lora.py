@@ -11,7 +11,11 @@ Count: sum of r (in + out); DoRA adds out for each weight.
 Departure: the published PiSSA overwrites the base weight; here it is the rank-2r change that equals it.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltaworks.core.errors import UserError
@@ -42,6 +46,9 @@ class LoRATuner(Tuner):
 class PiSSATuner(LoRATuner):
     """Starts from the principal singular vectors and values of the weight (PiSSA, equations 2-5)."""
 
+    A0: Tensor
+    B0: Tensor
+
     def __init__(self, site: Site, config: "LoRA") -> None:
         super().__init__(site, config)
         if site.device.type != "meta":
@@ -61,18 +68,42 @@ class DoRATuner(LoRATuner):
     """Magnitude and direction apart (DoRA, equation 5; the norm is a constant for the gradient, section 4.3)."""
 
     adds = False
-
-    def __init__(self, site: Site, config: "LoRA") -> None:
-        super().__init__(site, config)
-        self.magnitude = nn.Parameter(site.matrix.detach().float().norm(dim=1))
-
     # not low-rank, so form 2: the product is one part of the new weight
     factors = Tuner.factors
 
+    def __init__(self, site: Site, config: "LoRA") -> None:
+        super().__init__(site, config)
+        norm = torch.linalg.vector_norm(site.matrix.detach(), dim=1, dtype=torch.float32)
+        self.magnitude = nn.Parameter(norm.clone())
+        self.register_buffer("norm", norm, persistent=False)
+
     def weight(self, weight: Tensor) -> Tensor:
         moved = weight + (self.scale * (self.B @ self.A)).to(weight.dtype)
-        norm = moved.detach().norm(dim=1)
-        return moved * (self.magnitude.to(weight.dtype) / norm)[:, None]
+        norm = torch.linalg.vector_norm(moved.detach(), dim=1, dtype=torch.promote_types(moved.dtype, torch.float32))
+        return moved * (self.magnitude / norm).to(weight.dtype)[:, None]
+
+
+class LinearDoRATuner(DoRATuner):
+    """The same where the operation is a matrix product: nothing of the size of the weight is formed."""
+
+    norm: Tensor  # ||W|| by rows [out]
+
+    def around(self, base: Callable[[Any], Tensor], x: Tensor) -> Tensor:
+        A, B = self.A.to(x.dtype), self.B.to(x.dtype)
+        # W A^T and the bias, through the operation itself: it may hold W in any format
+        probe = base(torch.cat([A.detach(), A.new_zeros(1, A.shape[1])]))
+        bias = probe[-1]
+        ratio = self.magnitude / self._moved_norm((probe[:-1] - bias).detach())
+        y = base(x)
+        change = F.linear(F.linear(F.dropout(x, self.dropout, self.training), A), B) * self.scale
+        return y + (ratio - 1).to(y.dtype) * (y - bias) + ratio.to(y.dtype) * change.to(y.dtype)
+
+    def _moved_norm(self, product: Tensor) -> Tensor:
+        """||W + s B A|| by rows [out], of ``product`` = A W^T [r, out]: the square multiplied out."""
+        A, B = self.A.detach(), self.B.detach()
+        cross = 2 * self.scale * (B * product.T.float()).sum(dim=1)
+        own = self.scale**2 * ((B @ (A @ A.T)) * B).sum(dim=1)
+        return (self.norm**2 + cross + own).clamp(min=0).sqrt()
 
 
 @method(
@@ -93,6 +124,12 @@ class LoRA(Config):
     ratio: float = option(1.0, "learning rate of B over that of A (LoRA+: 16)", least=0)
 
     def tuner(self, site: Site) -> Tuner:
-        if self.dora and (self.pissa or self.dropout):
-            raise UserError("lora: dora goes with neither pissa nor dropout here; choose one of them")
-        return (DoRATuner if self.dora else PiSSATuner if self.pissa else LoRATuner)(site, self)
+        linear = site.place.kind in ("linear", "conv1d")
+        if self.dora and (self.pissa or (self.dropout and not linear)):
+            other = "pissa" if self.pissa else f"dropout at {site.place.path!r}, which is no linear layer"
+            raise UserError(f"lora: dora does not go with {other}: choose one of them")
+        if self.pissa and not self.alpha:
+            raise UserError("lora: pissa divides by the scale, so alpha must be above 0")
+        if self.dora:
+            return (LinearDoRATuner if linear else DoRATuner)(site, self)
+        return (PiSSATuner if self.pissa else LoRATuner)(site, self)
