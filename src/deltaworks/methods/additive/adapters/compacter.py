@@ -80,7 +80,7 @@ class CompacterTuner(Tuner):
     family="additive/adapters",
     paper="Karimi Mahabadi et al., 2021, arXiv:2106.04647",
     kinds=("sublayer",),
-    learning_rate=3e-3,
+    learning_rate=1e-2,
     small={"width": 8},
 )
 class Compacter(AdapterConfig):
@@ -105,7 +105,7 @@ class Compacter(AdapterConfig):
     family="additive/adapters",
     paper="Karimi Mahabadi et al., 2021, arXiv:2106.04647",
     kinds=("sublayer",),
-    learning_rate=3e-3,
+    learning_rate=1e-2,
     small={"width": 8},
 )
 class CompacterPlusPlus(Compacter):

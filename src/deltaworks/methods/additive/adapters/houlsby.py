@@ -22,7 +22,7 @@ from deltaworks.methods.additive.adapters.bottleneck import AdapterConfig, Bottl
     family="additive/adapters",
     paper="Houlsby et al., 2019, arXiv:1902.00751",
     kinds=("sublayer",),
-    learning_rate=1e-3,
+    learning_rate=3e-3,
 )
 class Houlsby(AdapterConfig):
     init: str = option(

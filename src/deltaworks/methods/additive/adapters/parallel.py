@@ -39,7 +39,7 @@ class ParallelTuner(Bottleneck):
     paper="He et al., 2021, arXiv:2110.04366",
     kinds=("sublayer",),
     tuner=ParallelTuner,
-    learning_rate=1e-3,
+    learning_rate=3e-3,
 )
 class Parallel(AdapterConfig):
     targets: str = option("mlp", "the residual sub-layers that get an adapter; attention pays at tiny budgets only")

@@ -35,7 +35,7 @@ class PfeifferTuner(Bottleneck):
     paper="Pfeiffer et al., 2020, arXiv:2005.00247",
     kinds=("sublayer",),
     tuner=PfeifferTuner,
-    learning_rate=1e-3,
+    learning_rate=3e-3,
 )
 class Pfeiffer(AdapterConfig):
     targets: str = option("mlp", "the residual sub-layers that get an adapter")
