@@ -221,3 +221,10 @@ def test_a_tuner_around_a_block_and_around_a_sublayer() -> None:
     for layer, forward in zip(model.model.layers, kept, strict=True):
         layer.forward = lambda x, *args, forward=forward, **kwargs: x + 0.5 * (forward(x, *args, **kwargs) - x)
     assert difference(halved, output(model, inputs)) < 1e-6
+
+
+def test_alpha_follows_the_rank_however_options_are_given() -> None:
+    for config in (dw.configure("lora", rank=2), dw.configure("lora[rank=2]"), dw.configure("lora[rank=4]", rank=2)):
+        assert config.options()["alpha"] == 2
+        assert str(config) == "lora[rank=2]"
+    assert str(dw.configure("lora", rank=2, alpha=8)) == "lora[rank=2, alpha=8.0]"

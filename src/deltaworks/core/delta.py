@@ -250,7 +250,7 @@ class Delta:
             # a class that leaves out what only training needs has all of it in a training checkpoint
             every = Tuner.stored(item.tuner).keys()
             try:
-                if training and owned[item.key].keys() == every:
+                if training and every and owned[item.key].keys() == every:
                     item.tuner.fill(owned[item.key], every)
                 else:
                     item.tuner.restore(owned[item.key])

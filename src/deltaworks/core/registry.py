@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import importlib
+import math
 import pkgutil
 import types
 import typing
@@ -53,7 +54,7 @@ class Config:
         for field in dataclasses.fields(self):
             if field.init:
                 setattr(self, field.name, _checked(self.name, field, hints[field.name], getattr(self, field.name)))
-        if "rank" in hints and "alpha" in hints and self.alpha is None:  # type: ignore[attr-defined]
+        if "rank" in hints and "alpha" in hints and self.alpha is None:  # type: ignore[attr-defined, has-type]
             self.alpha = self.rank  # type: ignore[attr-defined]
 
     def tuner(self, site: Any) -> Tuner | None:
@@ -79,8 +80,10 @@ class Config:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.init}
 
     def __str__(self) -> str:
-        default = type(self)()
-        changed = {key: value for key, value in self.options().items() if value != getattr(default, key)}
+        options, usual = self.options(), type(self)().options()
+        if {"rank", "alpha"} <= options.keys():
+            usual["alpha"] = options["rank"]
+        changed = {key: value for key, value in options.items() if value != usual[key]}
         return self.name + (f"[{', '.join(f'{k}={_word(v)}' for k, v in changed.items())}]" if changed else "")
 
     def __add__(self, other: Config) -> Composition:
@@ -167,34 +170,35 @@ def find(name: str) -> type[Config]:
     """The configuration class of a method. Raises UserError with the nearest names."""
     known = registry()
     if name not in known:
-        raise UserError(f"method {name!r} is unknown: {nearest(name, known)}")
+        raise UserError(f"method {name!r} is unknown: {nearest(name.lower(), known)}")
     return known[name]
 
 
 def configure(spec: str | Config, **options: Any) -> Config:
-    """A configuration from ``"lora"``, ``"lora[rank=16]"``, ``"prefix+parallel"`` or a configuration itself."""
+    """A configuration from ``"lora"``, ``"lora[rank=16]"``, ``"prefix+parallel"`` or a configuration itself.
+
+    Values that hold brackets, commas, plus signs or spaces stand in quotes, in which a doubled quote is a quote:
+    ``"lora[targets='re:.*[qv]_proj']"``. ``options`` go before what stands in the brackets. Raises UserError.
+    """
+    if isinstance(spec, Composition) or (isinstance(spec, str) and len(_split(spec, "+")) > 1):
+        if options:
+            raise UserError(f"'{spec}' is several methods: give options inside the brackets of the one they belong to")
+        return spec if isinstance(spec, Config) else Composition(members=[configure(s) for s in _split(spec, "+")])
     if isinstance(spec, Config):
-        return dataclasses.replace(spec, **_known(type(spec), options)) if options else spec
+        return _replaced(spec, options) if options else spec
     if not isinstance(spec, str) or not spec.strip():
         raise UserError(f"a method is a name such as 'lora[rank=16]', not {spec!r}")
-    members = []
-    for part in _split(spec, "+"):
-        name, bracket, rest = part.partition("[")
-        if bracket and not rest.endswith("]"):
-            raise UserError(f"method {part!r} lacks its closing bracket: write it as 'lora[rank=16]'")
-        words = {}
-        for item in _split(rest[:-1], ",") if bracket else []:
-            key, equals, value = item.partition("=")
-            if not equals:
-                raise UserError(f"option {item!r} of {name!r} has no value: write it as 'rank=16'")
-            words[key.strip()] = value.strip().strip("'\"")
-        config = find(name.strip())
-        members.append(config(**_known(config, words)))
-    if len(members) == 1:
-        return dataclasses.replace(members[0], **_known(type(members[0]), options)) if options else members[0]
-    if options:
-        raise UserError(f"{spec!r} is several methods: give options inside the brackets of the one they belong to")
-    return Composition(members=members)
+    name, words = _parse(spec.strip())
+    config = find(name)
+    return config(**_known(config, words | options))
+
+
+def _replaced(config: Config, options: Mapping[str, Any]) -> Config:
+    """The configuration with other options; an alpha that equals the rank follows it."""
+    values = config.options()
+    if "rank" in options and values.get("alpha") == values.get("rank"):
+        values["alpha"] = None
+    return type(config)(**values | _known(type(config), options))
 
 
 def as_data(config: Config) -> list[dict[str, Any]]:
@@ -205,9 +209,14 @@ def as_data(config: Config) -> list[dict[str, Any]]:
 def from_data(data: list[dict[str, Any]]) -> Config:
     """The inverse of ``as_data``. Raises UserError for what it does not know."""
     try:
-        members = [configure(entry["method"], **{k: v for k, v in entry.items() if k != "method"}) for entry in data]
+        members = []
+        for entry in data:
+            config = find(entry["method"])
+            members.append(config(**_known(config, {k: v for k, v in entry.items() if k != "method"})))
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"this is not a method configuration: {str(data)[:80]}") from error
+    if not members:
+        raise UserError("this method configuration names no method")
     return members[0] if len(members) == 1 else Composition(members=members)
 
 
@@ -230,7 +239,7 @@ def _known(config: type[Config], words: Mapping[str, Any]) -> dict[str, Any]:
 def _checked(method: str, field: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
     """The value in the type of its field, within its bounds."""
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if value is None or (value == "none" and types.NoneType in kinds):
+    if value is None or (value == "none" and types.NoneType in kinds and not isinstance(value, _Quoted)):
         if types.NoneType in kinds:
             return None
         raise UserError(f"{method}: option {field.name} needs a value")
@@ -248,19 +257,21 @@ def _checked(method: str, field: dataclasses.Field[Any], hint: Any, value: Any) 
         try:
             number = float(value)
             value = kind(value) if kind is float or not isinstance(value, str) else int(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise wrong from None
-        if number != value or number != number:
+        if number != value or not math.isfinite(number):
             raise wrong
         least, most = field.metadata.get("least"), field.metadata.get("most")
         if (least is not None and value < least) or (most is not None and value > most):
-            bounds = f"at least {least}" if most is None else f"between {least} and {most}"
+            bounds = f"at least {least}" if most is None else f"at most {most}"
+            bounds = bounds if least is None or most is None else f"between {least} and {most}"
             raise UserError(f"{method}: option {field.name}={value} must be {bounds}")
     elif kind is str:
         if isinstance(value, (list, tuple)) and field.name == "targets":
             value = ",".join(value)
         if not isinstance(value, str):
             raise wrong
+        value = str(value)
         choices = field.metadata.get("choices")
         if choices and value not in choices:
             raise UserError(f"{method}: option {field.name}={value!r} is unknown: {nearest(value, choices)}")
@@ -272,11 +283,45 @@ def _named(kind: Any) -> str:
 
 
 def _word(value: Any) -> str:
-    return f"'{value}'" if isinstance(value, str) and any(mark in value for mark in ",[]+= ") else str(value)
+    """A value as it is written inside brackets."""
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    if not isinstance(value, str):
+        return str(value)
+    plain = value and value == value.strip() and value != "none" and not any(mark in value for mark in ",[]+='\" ")
+    doubled = value.replace("'", "''")
+    return value if plain else f"'{doubled}'"
+
+
+def _parse(part: str) -> tuple[str, dict[str, Any]]:
+    """Name and options of ``"lora[rank=16, targets='attention.q']"``."""
+    name, bracket, rest = part.partition("[")
+    if bracket and not rest.endswith("]"):
+        raise UserError(f"method {part!r} lacks its closing bracket at the end: write it as 'lora[rank=16]'")
+    words: dict[str, Any] = {}
+    for item in _split(rest[:-1], ",") if rest[:-1].strip() else []:
+        key, equals, value = (piece.strip() for piece in item.partition("="))
+        if not equals or not value:
+            raise UserError(f"option {item!r} of {name!r} has no value: write it as 'rank=16'")
+        if key in words:
+            raise UserError(f"option {key!r} of {name!r} is given twice")
+        words[key] = _unquoted(value)
+    return name.strip(), words
+
+
+class _Quoted(str):
+    """A value that stood in quotes: 'none' is a text there."""
+
+
+def _unquoted(value: str) -> str:
+    quote = value[0]
+    if quote not in "'\"" or len(value) < 2 or value[-1] != quote:
+        return value
+    return _Quoted(value[1:-1].replace(2 * quote, quote))
 
 
 def _split(text: str, mark: str) -> list[str]:
-    """Split at ``mark`` outside brackets and quotes."""
+    """Split at ``mark`` outside brackets and quotes. Raises UserError where these do not pair up."""
     items, depth, quote, current = [], 0, "", ""
     for letter in text:
         if quote:
@@ -286,12 +331,16 @@ def _split(text: str, mark: str) -> list[str]:
         else:
             depth += (letter == "[") - (letter == "]")
         if letter == mark and depth == 0 and not quote:
-            items.append(current)
+            items.append(current.strip())
             current = ""
         else:
             current += letter
-    items.append(current)
-    items = [item.strip() for item in items]
-    if not all(items):
+    items.append(current.strip())
+    if quote:
+        raise UserError(f"{text!r} lacks a closing {quote}")
+    if depth:
+        lacks = "a closing" if depth > 0 else "an opening"
+        raise UserError(f"{text!r} lacks {lacks} bracket: write 'lora[rank=16]', and values with brackets in quotes")
+    if not all(items) and text.strip():
         raise UserError(f"{text!r} has an empty part beside {mark!r}")
     return items

@@ -69,8 +69,9 @@ class LSTTuner(Tuner):
         if not kept:
             raise UserError(f"lst: drop={config.drop!r} leaves no side block")
         self.depth = len(paths)
-        self.side, blocks = thin_copy(site, config.reduction, kept)
-        width, thin = site.width, self.side.config.hidden_size  # type: ignore[union-attr]
+        side, blocks = thin_copy(site, config.reduction, kept)
+        self.side: Any = side
+        width, thin = site.width, self.side.config.hidden_size
         self.first, self.start = site.watch(paths[0], "input"), Projection(site, width, thin)
         for path, block in zip(blocks, kept, strict=True):
             tap, down = site.watch(paths[block], "output"), Projection(site, width, thin)
@@ -84,7 +85,7 @@ class LSTTuner(Tuner):
     def around(self, base: Callable[[Any], Tensor], x: Tokens) -> Tensor:
         with torch.no_grad():
             hidden = base(x)
-            first = self.first.value
+            first = self.first.value.detach()  # may be the embeddings themselves
         call = {name: x.arguments[name] for name in PASSED if x.arguments.get(name) is not None}
         if x.arguments.get("encoder_hidden_states") is not None:
             call["encoder_hidden_states"] = self._encoded(x.arguments["encoder_hidden_states"])
@@ -136,7 +137,9 @@ def _parts(cache: Any) -> list[Any]:
     tuner=LSTTuner,
     identity=False,
     learning_rate=3e-3,
-    limits={f"family:{family}": "it needs a trunk that reads token embeddings" for family in ("vit", "clip", "whisper")},
+    limits={
+        f"family:{family}": "it needs a trunk that reads token embeddings" for family in ("vit", "clip", "whisper")
+    },
     small={"reduction": 2},
 )
 class LST(Config):

@@ -20,7 +20,7 @@ INNER = ("intermediate_size", "d_ff", "n_inner", "ffn_dim", "encoder_ffn_dim", "
 HEAD = ("head_dim", "d_kv")
 
 
-def thin_copy(site: Site, reduction: int, kept: Sequence[int]) -> tuple[nn.Module, list[str]]:
+def thin_copy(site: Site, reduction: int, kept: Sequence[int]) -> tuple[Any, list[str]]:
     """The thin trunk without its embeddings, and the paths of its blocks.
 
     It reads ``inputs_embeds`` [batch, length, width / reduction] and adds neither positions nor types to them.
@@ -105,7 +105,7 @@ def prune(site: Site, side: nn.Module, found: Anatomy, kept: Sequence[int]) -> N
     with torch.no_grad():
         for new, old in enumerate(kept):
             places = {place.role: place for place in ours if place.block == old}
-            cuts = {}
+            cuts: Cuts = {}
             for section in ("attention", "cross_attention"):
                 if f"{section}.q" in places:
                     thin_q = matrix(side, targets[new, f"{section}.q"])
@@ -116,7 +116,9 @@ def prune(site: Site, side: nn.Module, found: Anatomy, kept: Sequence[int]) -> N
                 source, target = places[role], targets[new, role]
                 rows, columns = (stream if cut is None else cut for cut in (rows, columns))
                 matrix(side, target).copy_(matrix(site.model, source)[rows][:, columns])
-                biases = [base_tensors(m.get_submodule(p.path)).get("bias") for m, p in ((side, target), (site.model, source))]
+                biases = [
+                    base_tensors(m.get_submodule(p.path)).get("bias") for m, p in ((side, target), (site.model, source))
+                ]
                 if biases[0] is not None and biases[1] is not None:
                     part_of(target, biases[0]).copy_(part_of(source, biases[1])[rows])
         copy_the_rest(site, side, found, kept, ours, stream)
@@ -136,7 +138,9 @@ def copy_the_rest(
         for name, tensor in base_tensors(side.get_submodule(target.path)).items():
             value = values.get(name)
             if tensor is not None and value is not None:
-                value = value if value.shape == tensor.shape else value[stream] if tensor.shape == stream.shape else tensor
+                value = (
+                    value if value.shape == tensor.shape else value[stream] if tensor.shape == stream.shape else tensor
+                )
                 tensor.copy_(value)
 
 
@@ -172,7 +176,7 @@ Cuts = dict[str, tuple[Tensor | None, Tensor | None]]
 
 
 def head_cuts(model: nn.Module, places: dict[str, Place], section: str, heads: int, thin_out: int) -> Cuts:
-    """The features of each key/value head to keep: one set for q and k (in halves, for rotary positions), one for v and o."""
+    """The features of each head to keep: one set for q and k (in halves, for rotary positions), one for v and o."""
     q, k, v, o = (matrix(model, places[f"{section}.{part}"]) for part in "qkvo")
     size, thin = len(q) // heads, thin_out // heads
     shared = len(k) // size  # key/value heads, each serving heads / shared query heads
@@ -205,4 +209,4 @@ def inner_cuts(model: nn.Module, places: dict[str, Place], thin: int) -> Cuts:
     for role in into:
         scores = scores + energy(matrix(model, places[role]), 1)
     units = largest(scores, thin)
-    return {role: (units, None) for role in into} | {"mlp.down": (None, units)}
+    return dict.fromkeys(into, (units, None)) | {"mlp.down": (None, units)}
