@@ -269,6 +269,15 @@ def _parse(path: Path, content: dict[str, Any]) -> Record:
         raise UserError(f"the record {str(path)!r} is broken: {place}: {first['msg']}") from error
 
 
+def read_record(path: str | os.PathLike[str]) -> Record:
+    """The record in one file. Raises UserError where it is missing, broken or newer than this library."""
+    place = Path(path)
+    content = read_json(place)
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UserError(f"{str(place)!r} is not the record of a run")
+    return _parse(place, content)
+
+
 def read_records(folder: str | os.PathLike[str]) -> list[Record]:
     """All records in ``folder``, ordered by method, seed and run id.
 

@@ -1,0 +1,6 @@
+"""``python -m deltaworks``."""
+
+from deltaworks.cli import main
+
+if __name__ == "__main__":
+    main()

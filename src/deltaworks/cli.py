@@ -1,0 +1,126 @@
+"""The command line. What a command needs is imported inside it, so that help is quick."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="deltaworks",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Every parameter-efficient fine-tuning method behind one call, compared on your own model and data.",
+)
+OUT = Path("runs/comparison")
+Settings = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="settings of the recipe, such as steps=100")
+]
+
+
+@app.command(epilog="Example: deltaworks methods 'low-rank*'")
+def methods(
+    pattern: Annotated[str, typer.Argument(help="wildcard on names or families")] = "*",
+    json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """List the methods: taxonomy, paper, form, default rate, and what each can do."""
+    from deltaworks.listing import print_methods
+
+    print_methods(pattern, as_json=json)
+
+
+@app.command(epilog="Example: deltaworks anatomy minilm")
+def anatomy(
+    model: Annotated[str, typer.Argument(help="minilm, tiny-vit, a folder, module:function, or a Hub id")],
+    task: Annotated[str | None, typer.Option(help="load it for this task; default: the first that fits")] = None,
+) -> None:
+    """Show what a model is made of: the roles that targets are written in."""
+    from deltaworks.listing import print_anatomy
+
+    print_anatomy(model, task)
+
+
+@app.command(epilog="Example: deltaworks tune recipe.yaml method=lora[rank=16] steps=100 out=runs/lora")
+def tune(
+    recipe: Annotated[Path, typer.Argument(help="a YAML file with lines such as 'model: minilm'")],
+    settings: Settings = None,
+) -> None:
+    """Train one adapter as a recipe says; save it with its record and a model card."""
+    from deltaworks.train.recipe import read_recipe
+    from deltaworks.train.tune import tune as run
+
+    run(read_recipe(recipe, settings or []))
+
+
+@app.command(epilog="Example: deltaworks compare --methods head,lora,ia3 steps=60")
+def compare(
+    settings: Settings = None,
+    model: Annotated[str | None, typer.Option(help="minilm, tiny-vit, a folder, module:function, or a Hub id")] = None,
+    data: Annotated[str | None, typer.Option(help="stdlib-docs, stdlib-text, a file, a folder, or a Hub id")] = None,
+    methods: Annotated[str | None, typer.Option(help="methods with commas between; wildcards allowed")] = None,
+    protocol: Annotated[str, typer.Option(help="quick or fair: what is not given comes from it")] = "quick",
+    seeds: Annotated[int | None, typer.Option(min=1, help="number of seeds")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="runs side by side; they share the cores")] = None,
+    out: Annotated[Path, typer.Option(help="folder of records and report; run again to continue")] = OUT,
+    keep_adapters: Annotated[bool, typer.Option("--keep-adapters", help="keep the trained adapters")] = False,
+) -> None:
+    """Compare methods head to head, each run in a process of its own, and write a report."""
+    from deltaworks.compare.protocols import find_protocol
+    from deltaworks.compare.run import compare as run
+    from deltaworks.train.recipe import parse_overrides
+
+    given: dict[str, Any] = parse_overrides(settings or [])
+    given |= {key: value for key, value in (("model", model), ("data", data)) if value is not None}
+    run(find_protocol(protocol).changed(methods, seeds, workers, given), out, keep_adapters=keep_adapters)
+
+
+@app.command(epilog="Example: deltaworks info runs/lora")
+def info(adapter: Annotated[Path, typer.Argument(help="a folder that holds adapter.json")]) -> None:
+    """Say what a saved adapter is, without loading its base."""
+    from deltaworks.listing import print_adapter
+
+    print_adapter(adapter)
+
+
+@app.command(epilog="Example: deltaworks merge runs/lora --out merged")
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="a folder written by deltaworks tune")],
+    out: Annotated[Path, typer.Option(help="folder for the merged model")],
+    model: Annotated[str | None, typer.Option(help="the base; default: that of the adapter's recipe")] = None,
+) -> None:
+    """Merge an adapter into its base model, check the outputs, and save the result."""
+    from deltaworks.train.tune import merge as run
+
+    run(adapter, out, model)
+
+
+def main() -> None:
+    """The entry point: a user's mistake is one line on standard error and status 2, an interruption 130."""
+    import click
+
+    # without click's own handling, which turns an interruption into status 1
+    try:
+        status = app(standalone_mode=False)
+    except (KeyboardInterrupt, click.Abort):
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        sys.stderr.close()
+        sys.exit(1)
+    except ValueError as error:
+        if type(error).__name__ != "UserError":  # its class is not imported here: help must be quick
+            raise
+        print(f"deltaworks: {error}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""A recipe: everything that decides a training run, flat, checked, and the same for one run and for a comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from deltaworks.core.errors import UserError, nearest
+from deltaworks.core.registry import Config, configure
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Whole = Annotated[int, Field(ge=1)]
+
+
+class Recipe(BaseModel):
+    """One training run. Lengths are in tokens, sizes in examples, rates are learning rates of AdamW."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=(), frozen=True)
+
+    model: str = Field("minilm", description="minilm, tiny-vit, a folder, module:function, or a Hub id")
+    data: str = Field("stdlib-docs", description="stdlib-docs, stdlib-text, a file, a folder, or a Hub id")
+    method: str = Field("lora", description="a method with its options, such as lora[rank=16], or a sum of methods")
+
+    task: str | None = Field(None, description="classification, pairs, causal, seq2seq or images; default: guessed")
+    columns: dict[str, str] | None = Field(None, description="role to column, as text=title,label=topic")
+    test: str | None = Field(None, description="a file with the test rows, where the data does not hold them")
+    limit: Whole | None = Field(None, description="most training examples")
+    limit_per_class: Whole | None = Field(None, description="most training examples of each class")
+    test_limit: Whole | None = Field(None, description="most test examples")
+    validation: float = Field(0.1, ge=0, lt=1, description="fraction of the training rows that rates are chosen on")
+    data_seed: int = Field(0, description="decides splits and limits")
+    max_length: Whole = Field(256, description="most tokens of an example")
+
+    steps: Whole | None = Field(None, description="optimizer steps; default: from epochs")
+    epochs: Positive | None = Field(None, description="passes over the training data; default: 3")
+    batch_size: Whole = 32
+    group_by_length: bool = Field(False, description="batches of examples of like length: less padding")
+    rates: list[Positive] | None = Field(
+        None, description="learning rates to try; default: factors of the method's own"
+    )
+    factors: list[Positive] = Field([1.0], min_length=1, description="multiples of the method's own rate to try")
+    head_rate: Positive | None = Field(None, description="rate of a fresh head; default: that of the method")
+    weight_decay: float = Field(0.0, ge=0)
+    warmup: float = Field(0.06, ge=0, lt=1, description="fraction of the steps in which the rate rises")
+    clip: Positive = Field(1.0, description="largest norm of the gradient")
+    seed: int = Field(0, ge=0, description="decides the head, the adapter, the order of the data and dropout")
+
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of the base weights")
+    bfloat16: bool = Field(False, description="compute in bfloat16 by autocast")
+    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:1")
+    threads: Whole | None = Field(None, description="threads of the processor; default: torch's choice")
+    curve_points: Whole = Field(10, description="validation scores taken during training")
+    ranks: bool = Field(True, description="measure the rank of the change, where it takes seconds")
+    out: str | None = Field(None, description="folder for adapter, record and model card")
+
+    @field_validator("rates", "factors", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return [part.strip() for part in value.split(",")]
+        return [value] if isinstance(value, int | float) else value
+
+    @field_validator("columns", mode="before")
+    @classmethod
+    def _paired(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        pairs = [part.partition("=") for part in value.split(",")]
+        if not all(role.strip() and column.strip() for role, _, column in pairs):
+            raise ValueError("write it as text=title,label=topic")
+        return {role.strip(): column.strip() for role, _, column in pairs}
+
+    @field_validator("rates")
+    @classmethod
+    def _some(cls, value: list[float] | None) -> list[float] | None:
+        if value is not None and not value:
+            raise ValueError("give at least one rate")
+        return value
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Recipe:
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("steps and epochs both say how long to train: give one of them")
+        return self
+
+    def config(self) -> Config:
+        """The configuration of the method. Raises UserError for an unknown method or option."""
+        return configure(self.method)
+
+    def tried_rates(self, config: Config) -> list[float]:
+        """The learning rates of the search, ascending."""
+        if self.rates is not None:
+            return sorted(set(self.rates))
+        own = min(part.learning_rate for part in config.parts())
+        return sorted({own * factor for factor in self.factors})
+
+
+def parse_recipe(values: Mapping[str, Any], source: str = "the recipe") -> Recipe:
+    """A checked recipe. Raises UserError that names the wrong key with the nearest right one, or the wrong value."""
+    for key in values:
+        if key not in Recipe.model_fields:
+            raise UserError(f"{source} has no key {key!r}: {nearest(str(key), Recipe.model_fields)}")
+    try:
+        return Recipe(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        reason = first["msg"].removeprefix("Value error, ")
+        given = f" (given: {first['input']!r})" if place and not isinstance(first["input"], Mapping) else ""
+        raise UserError(f"{source}: {place + ': ' if place else ''}{reason[:1].lower()}{reason[1:]}{given}") from None
+
+
+def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
+    """``["rates=[1e-3]", "steps=10"]`` as values, each read as YAML. Raises UserError for a word without '='."""
+    import yaml
+
+    values = {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals or not key.strip():
+            raise UserError(f"{word!r} is not a setting: write it as key=value, such as steps=100")
+        try:
+            # a list of pairs such as columns=text=title,label=topic is left to the recipe
+            values[key.strip()] = yaml.safe_load(text) if key.strip() != "method" else text
+        except yaml.YAMLError:
+            values[key.strip()] = text
+    return values
+
+
+def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in a YAML file with ``key=value`` words in place of its own values.
+
+    Raises:
+        UserError: the file is missing, is not YAML (names the line), or holds a wrong key or value.
+    """
+    import yaml
+
+    place = Path(path)
+    try:
+        text = place.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = (error.strerror or "") if isinstance(error, OSError) else "it is not a text file"
+        raise UserError(f"the recipe {str(place)!r} cannot be read: {reason.lower() or error}") from None
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" in line {mark.line + 1}" if mark is not None else ""
+        raise UserError(f"the recipe {str(place)!r} is not YAML{where}: {getattr(error, 'problem', error)}") from None
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise UserError(
+            f"the recipe {str(place)!r} must hold lines such as 'model: minilm', not a {type(values).__name__}"
+        )
+    return parse_recipe(values | parse_overrides(overrides), f"the recipe {str(place)!r}")
