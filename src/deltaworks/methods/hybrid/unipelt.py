@@ -99,7 +99,7 @@ class GatedAdapterTuner(PfeifferTuner):
     "unipelt",
     family="hybrid",
     paper="Mao et al., 2021, arXiv:2110.07577",
-    kinds=("linear", "conv1d", "keyvalue", "sublayer"),
+    kinds=("keyvalue", "sublayer"),  # which a model must have for it
     identity=False,
     learning_rate=1e-3,
     small={"length": 4},
