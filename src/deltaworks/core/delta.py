@@ -20,9 +20,9 @@ from deltaworks.core.forms import Replacement, Tuner
 from deltaworks.core.procedure import Procedure, Procedures
 from deltaworks.core.registry import Config, configure
 from deltaworks.core.report import Report, report
-from deltaworks.core.sites import Site, base_tensors, effective, is_causal, to_matrix, unwrap, wrap
-
-OPERATIONS_WITH_PARAMETERS = ("linear", "conv1d", "conv2d", "embedding", "norm", "parameters")
+from deltaworks.core.sites import Site, is_causal
+from deltaworks.core.weights import WEIGHT_KINDS, base_tensors, effective, to_matrix
+from deltaworks.core.wrapping import unwrap, wrap
 
 
 @dataclass
@@ -98,7 +98,7 @@ class Delta:
                 raise UserError(f"{config} has nothing to tune in {type(self.model).__name__}: {mend}")
             attached += [item for item in made if item is not None]
         replaced = {item.place.path for item in attached if isinstance(item.tuner, Replacement)}
-        for place in self.anatomy.select(self.also, OPERATIONS_WITH_PARAMETERS) if self.also else []:
+        for place in self.anatomy.select(self.also, WEIGHT_KINDS) if self.also else []:
             if place.part is None and place.path not in replaced:
                 item = self._make(Replacement, len(self.members), place, shared, None)
                 assert item is not None

@@ -1,4 +1,4 @@
-"""KronA and LoKr: the weight change is a Kronecker product; KronA_B: the same product beside a feed-forward.
+"""KronA and LoKr: the weight change is a Kronecker product.
 
 Papers: KronA, Edalati et al., 2022, arXiv:2212.10650; LoKr, Yeh et al., 2023 (LyCORIS), arXiv:2309.14859.
 
@@ -6,15 +6,14 @@ Formula: W' = W + s (A (x) B), with A [a1, a2], B [b1, b2], a1 b1 = out, a2 b2 =
 as X [a2, b2]: (A (x) B) x = A X B^T, read row-major; the change itself is never formed.
 LoKr: a1, a2 are the largest divisors of out and in up to their roots, or up to ``factor``; B (and A, if ``both``) is
 a product of rank r where r < max(side) / 2; s = alpha / r, or 1 where no factor is low-rank.
-KronA_B: y = FFN(x) + s (A (x) B) x (KronA_B^res: + s_res x, s_res a trained scalar).
-Count: a1 a2 + b1 b2 for each weight (at best 2 sqrt(out in)); LoKr: a1 a2 + r (b1 + b2); s_res adds 1.
-Departure: KronA has no published code; which factor starts at 0 (here B) and s_res = 0 at the start are our choice.
+Count: a1 a2 + b1 b2 for each weight (at best 2 sqrt(out in)); LoKr: a1 a2 + r (b1 + b2).
+Departure: KronA has no published code; that B is the factor that starts at 0 is our choice (LyCORIS does the same).
 """
 
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,7 +23,8 @@ from torch import Tensor, nn
 from deltaworks.core.errors import UserError
 from deltaworks.core.forms import Tuner
 from deltaworks.core.registry import Config, method, option
-from deltaworks.core.sites import Site, base_tensors
+from deltaworks.core.sites import Site
+from deltaworks.core.weights import base_tensors
 
 
 def kronecker(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
@@ -36,14 +36,14 @@ def kronecker(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
     return F.linear(A @ X, B).flatten(-2)
 
 
-def divisors(size: int) -> Iterator[int]:
-    return (number for number in range(1, size + 1) if size % number == 0)
+def divisors(size: int) -> list[int]:
+    return [number for number in range(1, size + 1) if size % number == 0]
 
 
 @functools.cache
 def balanced(out: int, inner: int) -> tuple[int, int]:
     """The shape of A with the fewest parameters in A and B, and among these the squarest factors."""
-    shapes = itertools.product(reversed([*divisors(out)]), divisors(inner))
+    shapes = itertools.product(reversed(divisors(out)), divisors(inner))
     count = {(a1, a2): a1 * a2 + out * inner // (a1 * a2) for a1, a2 in shapes}
     return min(count, key=lambda a: (count[a], abs(math.log(a[0] ** 2 / out)) + abs(math.log(a[1] ** 2 / inner))))
 
@@ -73,15 +73,14 @@ class KroneckerTuner(WeightTuner):
         return base(x) + kronecker(x, A.to(x.dtype), (self.scale * B).to(x.dtype))
 
 
-def tuner_for(site: Site) -> type[WeightTuner]:
-    return KroneckerTuner if site.place.kind in ("linear", "conv1d") else WeightTuner
+TUNERS = {"linear": KroneckerTuner, "conv1d": KroneckerTuner, "conv2d": WeightTuner, "embedding": WeightTuner}
 
 
 @method(
     "krona",
     family="reparametrized/kronecker",
     paper="Edalati et al., 2022, arXiv:2212.10650",
-    kinds=("linear", "conv1d", "conv2d", "embedding"),
+    kinds=tuple(TUNERS),
     learning_rate=1e-2,
 )
 class KronA(Config):
@@ -96,14 +95,14 @@ class KronA(Config):
         a1, a2 = self.a1 or best[0], self.a2 or best[1]
         if out % a1 or inner % a2:
             raise UserError(f"krona: a1={a1}, a2={a2} do not divide the sizes of {site.place.path!r} ({out} x {inner})")
-        return tuner_for(site)(site, (a1, a2), (out // a1, inner // a2), self.scale)
+        return TUNERS[site.place.kind](site, (a1, a2), (out // a1, inner // a2), self.scale)
 
 
 @method(
     "lokr",
     family="reparametrized/kronecker",
     paper="Yeh et al., 2023, arXiv:2309.14859",
-    kinds=("linear", "conv1d", "conv2d", "embedding"),
+    kinds=tuple(TUNERS),
     learning_rate=3e-3,
 )
 class LoKr(Config):
@@ -122,33 +121,4 @@ class LoKr(Config):
         B = (out // a1, self.rank, inner // a2) if low[0] else (out // a1, inner // a2)
         A = (a1, self.rank, a2) if low[1] else (a1, a2)
         scale = self.alpha / self.rank if any(low) else 1.0  # type: ignore[operator]
-        return tuner_for(site)(site, A, B, scale)
-
-
-class ParallelTuner(Tuner):
-    """``s (A (x) B) x + s_res x`` beside a sub-layer."""
-
-    def __init__(self, site: Site, config: "KronAB") -> None:
-        super().__init__()
-        a1, a2 = balanced(site.width, site.width)
-        self.A, self.B = site.kaiming(a1, a2), site.zeros(site.width // a1, site.width // a2)
-        self.residual = site.zeros(1) if config.residual else None
-        self.scale = config.scale
-
-    def around(self, base: Callable[[Any], Tensor], x: Tensor) -> Tensor:
-        y = base(x) + kronecker(x, self.A.to(x.dtype), (self.scale * self.B).to(x.dtype))
-        return y if self.residual is None else y + self.residual.to(x.dtype) * x
-
-
-@method(
-    "krona-b",
-    family="additive/adapters",
-    paper="Edalati et al., 2022, arXiv:2212.10650",
-    kinds=("sublayer",),
-    tuner=ParallelTuner,
-    learning_rate=1e-2,
-)
-class KronAB(Config):
-    targets: str = option("mlp", "the sub-layers to stand beside; the paper: every feed-forward")
-    scale: float = option(1.0, "s, tuned together with the learning rate", least=0)
-    residual: bool = option(False, "KronA_B^res: add s_res x, with a trained scalar s_res that starts at 0")
+        return TUNERS[site.place.kind](site, A, B, scale)

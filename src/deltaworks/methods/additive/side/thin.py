@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from deltaworks.core.anatomy import Anatomy, Place, anatomy
 from deltaworks.core.errors import UserError
-from deltaworks.core.sites import Site, base_tensors, part_of, stable_hash, to_matrix
+from deltaworks.core.sites import Site, stable_hash
+from deltaworks.core.weights import base_tensors, part_of, to_matrix
 
 DEPTHS = ("num_hidden_layers", "num_layers", "encoder_layers", "decoder_layers")
 INNER = ("intermediate_size", "d_ff", "n_inner", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim")

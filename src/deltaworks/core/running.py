@@ -1,0 +1,180 @@
+"""How operations run with their tuners: effective weights inside, low-rank products beside, wrappers around.
+
+A runner gets the module, its own forward (``run``), the tuners that act and the arguments of the call.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deltaworks.core.errors import UserError
+from deltaworks.core.trunks import run_trunk
+from deltaworks.core.weights import WEIGHT_KINDS, added, base_tensors, effective, low_rank
+
+
+class Operation:
+    """``base`` for tuners around a module whose first argument is a tensor and whose output holds one first."""
+
+    def __init__(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.run, self.rest, self.kwargs = run, args[1:], kwargs
+        self.output: Any = None
+        self.keyword = "" if args else next(iter(kwargs))
+        self.x = args[0] if args else kwargs[self.keyword]
+
+    def __call__(self, x: Any) -> Tensor:
+        if not self.keyword:
+            self.output = self.run(x, *self.rest, **self.kwargs)
+        else:
+            self.output = self.run(**{**self.kwargs, self.keyword: x})
+        return self.output[0] if isinstance(self.output, tuple) else self.output
+
+    def replaced(self, y: Tensor) -> Any:
+        """The output with its tensor replaced."""
+        return (y, *self.output[1:]) if isinstance(self.output, tuple) else y
+
+
+def run_weights(module: Any, run: Callable[..., Any], tuners: list[Any], args: tuple[Any, ...], kwargs: Any) -> Any:
+    """A module with weight: effective weights inside, low-rank products added, operations around, in order."""
+    operation = Operation(run, args, kwargs)
+
+    def plain(x: Any) -> Tensor:
+        return operation(x)
+
+    base: Callable[[Any], Tensor] = plain
+    heavy = [tuner for tuner in tuners if tuner.form() == 2 and not tuner.gives("around")]
+    heavy += [tuner for tuner in tuners if tuner.form() == 1 and not has_product(module, tuner)]
+    if heavy:
+
+        def weighted(x: Any) -> Tensor:
+            module._effective = effective(heavy, base_tensors(module))
+            try:
+                return operation(x)
+            finally:
+                module._effective = None
+
+        base = weighted
+    for tuner in tuners:
+        if tuner not in heavy:
+            base = functools.partial(run_light, module, tuner, base)
+    return operation.replaced(base(operation.x))
+
+
+def has_product(module: Any, tuner: Any) -> bool:
+    """Whether form 1 runs as a product beside the operation, rather than through the effective weight."""
+    kind = tuner.place.kind
+    if kind == "embedding":  # not where a subclass looks up something else than its input
+        return module._plain_class.forward is nn.Embedding.forward
+    return kind in ("linear", "conv1d") or (kind == "conv2d" and module.groups == 1)
+
+
+def run_light(module: nn.Module, tuner: Any, base: Callable[[Any], Tensor], x: Any) -> Tensor:
+    """One tuner of form 1 or 3 around ``base``."""
+    place = tuner.place
+    if tuner.gives("around"):
+        if place.part is None:
+            return tuner.around(base, x)
+        start, stop = place.part
+        y = base(x)
+
+        def part(new: Any) -> Tensor:
+            return (y if new is x else base(new))[..., start:stop]
+
+        return torch.cat([y[..., :start], tuner.around(part, x), y[..., stop:]], dim=-1)
+    y = base(x)
+    dropped = F.dropout(x, tuner.dropout, module.training) if tuner.dropout and x.is_floating_point() else x
+    return added(place, y, low_rank(module, place, tuner.factors(), dropped).to(y.dtype))
+
+
+def run_rows(module: Any, run: Callable[..., Any], board: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
+    """A module with weight and one adapter per row of its input (dimension 0)."""
+    operation = Operation(run, args, kwargs)
+    x, rows = operation.x, board.rows
+    if x.shape[0] != rows.shape[0]:
+        raise UserError(f"dw.rows names {rows.shape[0]} rows but the batch that reached a layer has {x.shape[0]}")
+    chosen = [list(module.deltas[name]) if name in module.deltas else [] for name in board.row_names]
+    y = operation(x)
+    if all(is_product(tuner) for tuners in chosen for tuner in tuners):
+        return operation.replaced(y + stacked_rows(chosen, rows.to(x.device), x, y))
+    pieces = list(y.unbind(0))
+    for position, tuners in enumerate(chosen):
+        members = (rows == position).nonzero().flatten().tolist()
+        if tuners and members:
+            part = run_weights(module, run, tuners, (x[members], *operation.rest), operation.kwargs)
+            part = part[0] if isinstance(part, tuple) else part
+            for place, row in enumerate(members):
+                pieces[row] = part[place]
+    return operation.replaced(torch.stack(pieces))
+
+
+def is_product(tuner: Any) -> bool:
+    """Whether a tuner can be one slice of a batched low-rank product."""
+    return tuner.form() == 1 and tuner.place.kind in ("linear", "conv1d") and not (tuner.dropout and tuner.training)
+
+
+def stacked_rows(chosen: list[list[Any]], rows: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """The low-rank changes of a mixed batch as two batched products: x [batch, ..., in], y [batch, ..., out]."""
+    ranks = [sum(tuner.factors().A.shape[0] for tuner in tuners) for tuners in chosen]
+    rank = max([*ranks, 1])
+    A = x.new_zeros(len(chosen) + 1, rank, x.shape[-1])
+    B = x.new_zeros(len(chosen) + 1, y.shape[-1], rank)
+    banks_A, banks_B = list(A.unbind(0)), list(B.unbind(0))
+    for position, tuners in enumerate(chosen):
+        if tuners:
+            parts = [(tuner.place, *tuner.factors()) for tuner in tuners]
+            down = torch.cat([a.to(x.dtype) for _, a, _, _ in parts])
+            up = torch.cat(
+                [
+                    F.pad((b * scale).to(x.dtype), (0, 0, place.part[0], y.shape[-1] - place.part[1]))
+                    if place.part
+                    else (b * scale).to(x.dtype)
+                    for place, _, b, scale in parts
+                ],
+                dim=1,
+            )
+            missing = rank - down.shape[0]
+            banks_A[position] = F.pad(down, (0, 0, 0, missing))
+            banks_B[position] = F.pad(up, (0, missing))
+    flat = x.reshape(x.shape[0], -1, x.shape[-1])
+    inner = torch.bmm(flat, torch.stack(banks_A)[rows].transpose(1, 2))  # [batch, tokens, rank]
+    return torch.bmm(inner, torch.stack(banks_B)[rows].transpose(1, 2)).view(y.shape)
+
+
+def run_around(module: Any, run: Callable[..., Any], tuners: list[Any], args: tuple[Any, ...], kwargs: Any) -> Any:
+    """A residual sub-layer or a block. Where the input is read by another module, that module's tap holds it."""
+    operation = Operation(run, args, kwargs)
+    base: Callable[[Any], Tensor] = operation
+    x = operation.x
+    tap = module.__dict__.get("_entry_tap")
+    if tap is not None:
+        inside, x = operation.x, tap.value
+
+        def fixed(_: Any) -> Tensor:
+            return operation(inside)
+
+        base = fixed
+    for tuner in tuners:
+        base = functools.partial(tuner.around, base)
+    return operation.replaced(base(x))
+
+
+def run_heads(module: Any, run: Callable[..., Any], tuners: list[Any], args: tuple[Any, ...], kwargs: Any) -> Any:
+    """An attention module: its attention function is ours for the time of the call."""
+    module._attending = (tuners, args[0] if args else kwargs["hidden_states"])
+    try:
+        return run(*args, **kwargs)
+    finally:
+        module._attending = None
+
+
+RUNNERS: tuple[tuple[tuple[str, ...], Callable[..., Any]], ...] = (
+    (("keyvalue",), run_heads),
+    (WEIGHT_KINDS, run_weights),
+    (("sublayer", "block"), run_around),
+    (("trunk",), run_trunk),
+)

@@ -1,0 +1,174 @@
+"""Wrapping: a module stays the same object and folds the tuners around it into its forward.
+
+Only its class changes, to a subclass of its own class that is made here. Parameters keep their names, ``isinstance``
+stays true, and unwrapping gives the class back.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltaworks.core.attention import ConfigView
+from deltaworks.core.board import Board, Tap
+from deltaworks.core.forms import Tuner
+from deltaworks.core.running import RUNNERS, run_rows
+from deltaworks.core.trunks import widened
+
+
+class Selected:
+    """Tuners of one shape under several adapters, with the acting one chosen by a tensor: one graph for all."""
+
+    def __init__(self, tuners: list[Tuner], index: Tensor) -> None:
+        self.template = tuners[0]
+        members = [dict(tuner.named_parameters()) | dict(tuner.named_buffers()) for tuner in tuners]
+        self.values = {
+            name: torch.stack([member[name] for member in members]).index_select(0, index.to(value.device)).squeeze(0)
+            for name, value in members[0].items()
+        }
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("factors", "weight", "bias", "tensor", "around"):
+            return functools.partial(self._call, name)
+        return getattr(self.template, name)
+
+    def _call(self, form: str, *arguments: Any) -> Any:
+        return torch.func.functional_call(self.template, self.values, (form, *arguments))
+
+
+def acting(module: Any) -> list[Any]:
+    """The tuners of a wrapped module that act now."""
+    board: Board = module._board
+    if torch.compiler.is_compiling() and board.single and module._alike and len(module.deltas) == len(board.deltas) > 1:
+        columns = zip(*module.deltas.values(), strict=True)
+        return [Selected(list(column), board.index) for column in columns]
+    if not len(module.deltas):  # only watched: a graph through here need not know who acts
+        return []
+    return [tuner for name in board.active if name in module.deltas for tuner in module.deltas[name]]
+
+
+def forward_wrapped(module: Any, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The forward of every wrapped module: ``run`` is the forward of its own class."""
+    taps: list[Tap] = module._taps
+    for tap in taps:
+        if tap.side == "input":
+            tap.value = args[0] if args else next(iter(kwargs.values()))
+        elif tap.side == "mask":
+            mask = (dict(zip(module._argument_names, args, strict=False)) | kwargs).get("attention_mask")
+            tap.value = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+    if module._widens:
+        kwargs = widened(module, args, kwargs)
+    board: Board = module._board
+    if board.rows is not None:
+        named = any(name in module.deltas for name in board.row_names)
+        output = run_rows(module, run, board, args, kwargs) if named else run(*args, **kwargs)
+    else:
+        tuners = acting(module)
+        for kinds, runner in RUNNERS:
+            mine = [tuner for tuner in tuners if tuner.place.kind in kinds]
+            if mine:
+                run = functools.partial(_call_runner, runner, module, run, mine)
+        output = run(*args, **kwargs)
+    for tap in taps:
+        if tap.side == "output":
+            tap.value = output[0] if isinstance(output, tuple) else output
+    entry = module.__dict__.get("_entry_tap")
+    if entry is not None:
+        entry.value = None
+    return output
+
+
+def _call_runner(runner: Any, module: Any, run: Any, tuners: list[Any], *args: Any, **kwargs: Any) -> Any:
+    return runner(module, run, tuners, args, kwargs)
+
+
+@functools.cache
+def wrapped_class(cls: Any, names: tuple[str, ...], attends: bool) -> type[nn.Module]:
+    """A subclass of ``cls`` that folds tuners around its forward and can show effective parameters."""
+
+    @functools.wraps(cls.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return forward_wrapped(self, functools.partial(cls.forward, self), args, kwargs)
+
+    def shown(name: str) -> property:
+        def get(self: Any) -> Any:
+            values = self.__dict__.get("_effective")
+            return self._parameters[name] if values is None else values[name]
+
+        return property(get)
+
+    namespace: dict[str, Any] = {name: shown(name) for name in names}
+    namespace["__reduce_ex__"] = lambda self, _: (_restored, (cls, names, attends), self.__dict__)
+    namespace |= {"forward": forward, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    if attends:
+        namespace["config"] = property(
+            lambda self: self.__dict__["config"] if self.__dict__.get("_attending") is None else self._config_view
+        )
+    return type(cls.__name__, (cls,), namespace)
+
+
+def _restored(cls: type[nn.Module], names: tuple[str, ...], attends: bool) -> nn.Module:
+    """An empty wrapped module, for copying and pickling: the class itself cannot be found by its name."""
+    made = wrapped_class(cls, names, attends)
+    return made.__new__(made)
+
+
+def is_wrapped(module: nn.Module) -> bool:
+    return "_board" in module.__dict__
+
+
+def wrap(module: Any, board: Board) -> None:
+    """Make ``module`` foldable, in place; nothing changes while it has no tuners and no taps."""
+    if is_wrapped(module):
+        return
+    plain = type(module)
+    attends = hasattr(module.__dict__.get("config"), "_attn_implementation")
+    names = inspect.signature(plain.forward).parameters
+    state = {
+        "_board": board,
+        "_plain_class": plain,
+        "_taps": [],
+        "_alike": False,
+        "_widens": False,
+        "_keeps_inserted": False,
+        "_counts_positions": False,
+        "_longest": None,
+        "_first_position": None,
+        "_argument_names": tuple(name for name in names if name != "self"),
+        "_effective": None,
+    }
+    if attends:
+        state |= {"_attending": None, "_config_view": ConfigView(module.config)}
+    module.__dict__.update(state)
+    module.deltas = nn.ModuleDict()
+    module.__class__ = wrapped_class(plain, tuple(module._parameters), attends)
+
+
+def unwrap(module: Any) -> None:
+    """Give the module its own class back once nothing stands around it."""
+    if len(module.deltas) or module._taps or module._widens:
+        return
+    module.__class__ = module._plain_class
+    del module._modules["deltas"]
+    for name in (*STATE, "_attending", "_config_view", "_entry_tap"):
+        module.__dict__.pop(name, None)
+
+
+STATE = (
+    "_board",
+    "_plain_class",
+    "_taps",
+    "_alike",
+    "_widens",
+    "_keeps_inserted",
+    "_counts_positions",
+    "_longest",
+    "_first_position",
+    "_argument_names",
+    "_effective",
+)
