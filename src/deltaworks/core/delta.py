@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deltaworks.core import merging
 from deltaworks.core.anatomy import Anatomy, Place, anatomy
 from deltaworks.core.board import Board, Tap, board_of
 from deltaworks.core.errors import UserError
@@ -73,7 +74,7 @@ class Delta:
         self.merged = False
         self.anatomy: Anatomy = next(iter(board.deltas.values())).anatomy if board.deltas else anatomy(model)
         self._taps: list[tuple[nn.Module, Tap]] = []
-        self._before: dict[str, dict[str, Tensor | None]] = {}
+        self._before: merging.Values = {}
         self.attached: list[Attached] = self._build()
         members = [member.procedure(self) for member in self.members]
         present = [member for member in members if member is not None]
@@ -301,16 +302,9 @@ class Delta:
             raise UserError(f"{self.config} cannot be merged: {limit}")
         if self.merged:
             raise UserError(f"adapter {self.name!r} is merged already")
-        merged = {path: self._merged_values(path) for path in self._paths()}
-        self._check_ties(merged)
-        for path, values in merged.items():
-            module = self.model.get_submodule(path)
-            self._before[path] = {name: module._parameters[name] for name in values}
-            for name, value in values.items():
-                old = module._parameters[name]
-                new = nn.Parameter(value.to(device=old.device, dtype=old.dtype) if old is not None else value, False)
-                module._parameters[name] = new
-        self._retie()
+        values = merging.merged_values(self.model, self._paths(), self.name)
+        merging.check_ties(self.anatomy.tied, values)
+        self._before = merging.write(self.model, values, self.anatomy.tied)
         self.merged = True
         self.board.show(self.board.wanted)
         if not keep_base:
@@ -321,47 +315,11 @@ class Delta:
     def _paths(self) -> list[str]:
         return list(dict.fromkeys(item.place.path for item in self.attached))
 
-    def _merged_values(self, path: str) -> dict[str, Tensor]:
-        module: Any = self.model.get_submodule(path)
-        base = base_tensors(module)
-        wide = {
-            name: None if tensor is None else tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
-            for name, tensor in base.items()
-        }
-        with torch.no_grad():
-            changed = effective(list(module.deltas[self.name]), wide)
-        values = {}
-        for name, value in changed.items():
-            if value is None or value is wide.get(name):
-                continue
-            if value.device.type != "meta" and not bool(torch.isfinite(value).all()):
-                raise UserError(f"merging {self.name!r} would make {path}.{name} hold values that are not finite")
-            values[name] = value.detach().clone(memory_format=torch.contiguous_format)
-        return values
-
-    def _check_ties(self, merged: dict[str, dict[str, Tensor]]) -> None:
-        for group in self.anatomy.tied:
-            values = [merged.get(path, {}).get(name) for path, _, name in (full.rpartition(".") for full in group)]
-            changed = [value for value in values if value is not None]
-            if changed and not (len(changed) == len(values) and all(torch.equal(changed[0], v) for v in changed[1:])):
-                raise UserError(
-                    f"{group[0]} and {group[1]} are one tied weight and only one of them is tuned: "
-                    "keep the adapter unmerged, or untie the model first (config.tie_word_embeddings=False)"
-                )
-
-    def _retie(self) -> None:
-        for group in self.anatomy.tied:
-            owners = [(self.model.get_submodule(full.rpartition(".")[0]), full.rpartition(".")[2]) for full in group]
-            first = owners[0][0]._parameters[owners[0][1]]
-            for owner, name in owners[1:]:
-                owner._parameters[name] = first
-
     def unmerge(self) -> None:
         """Put the base weights back, bit for bit."""
         if not self.merged:
             raise UserError(f"adapter {self.name!r} is not merged")
-        for path, values in self._before.items():
-            self.model.get_submodule(path)._parameters.update(values)  # type: ignore[arg-type]
+        merging.put_back(self.model, self._before)
         self._before = {}
         self.merged = False
         self.board.show(self.board.wanted)
