@@ -51,7 +51,7 @@ def attend(
     tuners, hidden = module._attending
     name = module.__dict__["config"]._attn_implementation
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    function = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
+    function = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)  # type: ignore[arg-type]
     weights: list[Tensor | None] = [None]
 
     def base(heads: Heads) -> Tensor:

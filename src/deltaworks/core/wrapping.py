@@ -114,7 +114,7 @@ def wrapped_class(cls: Any, names: tuple[str, ...], attends: bool) -> type[nn.Mo
 
 def _restored(cls: type[nn.Module], names: tuple[str, ...], attends: bool) -> nn.Module:
     """An empty wrapped module, for copying and pickling: the class itself cannot be found by its name."""
-    made = wrapped_class(cls, names, attends)
+    made = wrapped_class(cls, names, attends)  # type: ignore[arg-type]
     return made.__new__(made)
 
 
@@ -146,7 +146,7 @@ def wrap(module: Any, board: Board) -> None:
         state |= {"_attending": None, "_config_view": ConfigView(module.config)}
     module.__dict__.update(state)
     module.deltas = nn.ModuleDict()
-    module.__class__ = wrapped_class(plain, tuple(module._parameters), attends)
+    module.__class__ = wrapped_class(plain, tuple(module._parameters), attends)  # type: ignore[arg-type]
 
 
 def unwrap(module: Any) -> None:
