@@ -1,14 +1,12 @@
 """AdaLoRA: low-rank changes in SVD form whose ranks share one budget and move to where they matter.
 
 Paper: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning, Zhang et al., 2023, arXiv:2303.10512 (ICLR).
-
-Formula: W' = W + s P diag(L) Q, with P [out, r], L [r], Q [r, in], s = alpha / rank; the loss gains
-gamma times the mean over all P and Q of ||P^T P - I||_F and ||Q Q^T - I||_F.
-Importance of an entry w with gradient g: I = |w g|; Ibar <- beta Ibar + (1 - beta) I; Ubar <- beta Ubar +
-(1 - beta) |I - Ibar|; s(w) = Ibar Ubar. Of triplet i: S = s(L_i) + mean_j s(P_ji) + mean_j s(Q_ij).
-Budget: b0 up to step t_i; bT + (b0 - bT) (1 - (t - t_i) / (T - t_i - t_f))^3; bT for the last t_f steps. The b(t)
-triplets of the largest S over all matrices stay; L is 0 for the others, whose P and Q train on.
-Count: initial (in + out + 1) for each weight while training; its kept triplets times (in + out + 1) afterwards.
+Formula: W' = W + s P diag(L) Q, with P [out, r], L [r], Q [r, in], s = alpha / rank; the loss gains gamma times the
+mean over all P and Q of ||P^T P - I||_F and ||Q Q^T - I||_F. Importance of an entry w with gradient g: I = |w g|;
+Ibar <- beta Ibar + (1 - beta) I; Ubar <- beta Ubar + (1 - beta) |I - Ibar|; s(w) = Ibar Ubar. Of triplet i: S = s(L_i)
++ mean_j s(P_ji) + mean_j s(Q_ij). Budget: b0 up to step t_i; bT + (b0 - bT) (1 - (t - t_i) / (T - t_i - t_f))^3; bT in
+the last t_f steps. The b(t) triplets of the largest S over all matrices stay; the others get L = 0 and train on.
+Count: r (in + out + 1) for each weight while training, with r of the start; that of the kept triplets afterwards.
 Departure: s is constant, while the published code divides by the mean rank that is left (which its update absorbs).
 """
 
@@ -18,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltaworks.core.delta import Delta
 from deltaworks.core.errors import UserError
 from deltaworks.core.forms import Factors, Tuner
 from deltaworks.core.procedure import Procedure, Run
@@ -32,9 +29,8 @@ class AdaLoRATuner(Tuner):
     def __init__(self, site: Site, config: "AdaLoRA") -> None:
         super().__init__()
         site.check_rank(config.start)
-        out, inner = site.shape
-        self.P, self.Q = site.normal(out, config.start, std=0.02), site.normal(config.start, inner, std=0.02)
-        self.L = site.zeros(config.start)
+        self.P, self.L = site.normal(site.shape[0], config.start, std=0.02), site.zeros(config.start)
+        self.Q = site.normal(config.start, site.shape[1], std=0.02)
         self.scale = config.alpha / config.rank  # type: ignore[operator]
 
     def factors(self) -> Factors:
@@ -63,22 +59,20 @@ class AdaLoRATuner(Tuner):
 class BudgetProcedure(Procedure):
     """Scores every entry after each step and masks what the budget leaves no room for."""
 
-    def __init__(self, delta: Delta, config: "AdaLoRA") -> None:
+    def __init__(self, delta: Any, config: "AdaLoRA") -> None:
         super().__init__(delta)
         self.config, self.step, self.steps, self.warmup, self.final = config, 0, 0, 0, 0
         self.tuners: dict[str, Any] = {item.key: item.tuner for item in delta.attached if item.tuner.config is config}
-        self.scores: dict[str, Tensor] = {}  # "key.P" -> Ibar and Ubar, [2, *shape of P]
-        self.history: list[list[int]] = []  # [step, rank of the first matrix, rank of the second, ...]
+        self.entries = {f"{key}.{name}": p for key, t in self.tuners.items() for name, p in t.named_parameters()}
+        self.scores: dict[str, Tensor] = {}  # by the names of ``entries``: Ibar and Ubar, [2, *shape]
+        self.history: list[list[int]] = []  # rows of [step, rank of the first of the tuners, of the second, ...]
 
     def begin(self, run: Run) -> None:
-        shares = self.config.warmup, self.config.final
-        self.steps = run.steps
+        self.steps, shares = run.steps, (self.config.warmup, self.config.final)
         self.warmup, self.final = (int(share if share >= 1 else share * run.steps) for share in shares)
         if run.steps <= self.warmup + self.final:
-            raise UserError(
-                f"adalora needs more steps than warmup ({self.warmup}) and final ({self.final}) take, but the run has "
-                f"{run.steps}: train longer, or give smaller ones (below 1 they are shares of the run)"
-            )
+            raise UserError(f"adalora: warmup={self.warmup}, final={self.final} take all {run.steps} steps: give less")
+        self.scores = {name: entry.new_zeros(2, *entry.shape) for name, entry in self.entries.items()} | self.scores
 
     def budget(self, step: int) -> int:
         """How many triplets may stay after ``step`` (equation 11)."""
@@ -87,57 +81,45 @@ class BudgetProcedure(Procedure):
         return int(last + (first - last) * min(max(left, 0.0), 1.0) ** 3)
 
     def loss(self, loss: Tensor) -> Tensor:
-        penalties = [tuner.penalty().to(loss.device) for tuner in self.tuners.values()]
-        return loss + self.config.gamma * torch.stack(penalties).mean() / 2
+        penalty = sum(tuner.penalty().to(loss.device) for tuner in self.tuners.values())
+        return loss + self.config.gamma * penalty / (2 * len(self.tuners))
 
     @torch.no_grad()
     def stepped(self) -> None:
-        self.step += 1
-        scores = {key: self._triplet_scores(key, tuner) for key, tuner in self.tuners.items()}
-        if self.step >= self.steps - self.final or (self.step > self.warmup and self.step % self.config.interval == 0):
-            self.mask(scores, self.budget(self.step))
-        if self.step % max(1, self.steps // 20) == 0 or self.step == self.steps:
-            ranks = torch.stack([tuner.L.count_nonzero().cpu() for tuner in self.tuners.values()])
-            self.history.append([self.step, *ranks.tolist()])
+        step = self.step = self.step + 1
+        scores = {name: self._score(name, entry) for name, entry in self.entries.items()}
+        if step >= self.steps - self.final or (step > self.warmup and step % self.config.interval == 0):
+            triplets = [scores[f"{key}.L"] + scores[f"{key}.P"] + scores[f"{key}.Q"] for key in self.tuners]
+            self.mask(torch.stack([triplet.cpu() for triplet in triplets]), self.budget(step))
+        if step % max(1, self.steps // 20) == 0 or step == self.steps:
+            self.history.append([step, *(int(tuner.L.count_nonzero()) for tuner in self.tuners.values())])
 
-    def _triplet_scores(self, key: str, tuner: AdaLoRATuner) -> Tensor:
-        """S [r], after the moving averages have taken in the current gradients (equations 8 to 10)."""
-        total = torch.zeros_like(tuner.L)
-        for name, dim in (("P", 0), ("L", None), ("Q", 1)):
-            entry: Tensor = getattr(tuner, name)
-            sensitivity = torch.zeros_like(entry) if entry.grad is None else (entry * entry.grad).abs()
-            if f"{key}.{name}" not in self.scores:
-                self.scores[f"{key}.{name}"] = entry.new_zeros(2, *entry.shape)
-            average, uncertainty = self.scores[f"{key}.{name}"]
-            average.lerp_(sensitivity, 1 - self.config.beta)
-            uncertainty.lerp_((sensitivity - average).abs(), 1 - self.config.beta)
-            score = average * uncertainty
-            total += score if dim is None else score.mean(dim)
-        return total
+    def _score(self, name: str, entry: Tensor) -> Tensor:
+        """The part [r] of S, after the moving averages have taken in the gradient (equations 8 to 10)."""
+        sensitivity = torch.zeros_like(entry) if entry.grad is None else (entry * entry.grad).abs()
+        average, uncertainty = self.scores[name]
+        average.lerp_(sensitivity, 1 - self.config.beta)
+        uncertainty.lerp_((sensitivity - average).abs(), 1 - self.config.beta)
+        score = average * uncertainty
+        return score if entry.dim() == 1 else score.mean(dim=0 if name.endswith("P") else 1)
 
-    def mask(self, scores: Mapping[str, Tensor], budget: int) -> None:
-        """Keep the ``budget`` triplets of the largest scores over all matrices; L becomes 0 for the others."""
-        every = torch.cat([score.cpu() for score in scores.values()])
-        keep = torch.zeros_like(every).index_fill(0, every.topk(budget).indices, 1.0)
-        for key, kept in zip(scores, keep.split([len(score) for score in scores.values()]), strict=True):
-            self.tuners[key].L.data.mul_(kept.to(self.tuners[key].L.device))
-
-    def end(self) -> None:
-        self.step, self.scores = 0, {}
+    def mask(self, scores: Tensor, budget: int) -> None:
+        """Keep the triplets of the ``budget`` largest ``scores`` [matrices, r]; L becomes 0 for the others."""
+        keep = torch.zeros(scores.numel()).index_fill(0, scores.flatten().topk(budget).indices, 1.0)
+        for tuner, kept in zip(self.tuners.values(), keep.view_as(scores), strict=True):
+            tuner.L.data.mul_(kept.to(tuner.L.device))
 
     def state(self) -> dict[str, Any]:
         return {"step": self.step, "scores": self.scores, "history": self.history}
 
     def resume(self, state: dict[str, Any]) -> None:
         self.step, self.history = state["step"], [list(row) for row in state["history"]]
-        own = {f"{key}.{name}": p for key, tuner in self.tuners.items() for name, p in tuner.named_parameters()}
         for name, score in state["scores"].items():
-            if name not in own or score.shape[1:] != own[name].shape:
+            if name not in self.entries or score.shape[1:] != self.entries[name].shape:
                 raise UserError(f"the scores {name!r} of shape {list(score.shape)} fit no matrix of this adapter")
-            self.scores[name] = score.to(own[name].device, copy=True)
+            self.scores[name] = score.to(self.entries[name].device, copy=True)
 
     def details(self) -> dict[str, Any]:
-        """``adalora_ranks``: rows of [step, kept triplets of each matrix], in the order of ``adalora_matrices``."""
         return {"adalora_matrices": list(self.tuners), "adalora_ranks": self.history}
 
 
@@ -146,12 +128,13 @@ class BudgetProcedure(Procedure):
     family="reparametrized/low-rank",
     paper="Zhang et al., 2023, arXiv:2303.10512",
     kinds=("linear", "conv1d", "conv2d", "embedding"),
-    learning_rate=1e-3,
+    tuner=AdaLoRATuner,
+    learning_rate=1e-2,
 )
 class AdaLoRA(Config):
     targets: str = option("linear", "the paper: all six matrices of every block")
     rank: int = option(8, "mean rank bT / n that is left at the end", least=1)
-    initial: int | None = option(None, "rank b0 / n of every matrix at the start; default: 1.5 times the rank", least=1)
+    initial: float = option(1.5, "b0 / bT, the rank of every matrix at the start as a multiple of ``rank``", least=1)
     alpha: float | None = option(None, "scale: s = alpha / rank; default: the rank, so s = 1", least=0)
     warmup: float = option(0.1, "t_i, steps before pruning; below 1 a share of the run", least=0)
     final: float = option(0.5, "t_f, steps with the final budget; below 1 a share of the run", least=0)
@@ -161,12 +144,7 @@ class AdaLoRA(Config):
 
     @property
     def start(self) -> int:
-        return self.initial or -(-3 * self.rank // 2)
+        return round(self.initial * self.rank)
 
-    def tuner(self, site: Site) -> Tuner:
-        if self.start < self.rank:
-            raise UserError(f"adalora: initial={self.initial} is less than rank={self.rank}, which is left at the end")
-        return AdaLoRATuner(site, self)
-
-    def procedure(self, delta: Delta) -> Procedure:
+    def procedure(self, delta: Any) -> Procedure:
         return BudgetProcedure(delta, self)

@@ -103,7 +103,7 @@ class KronA(Config):
     family="reparametrized/kronecker",
     paper="Yeh et al., 2023, arXiv:2309.14859",
     kinds=tuple(TUNERS),
-    learning_rate=3e-3,
+    learning_rate=5e-3,
 )
 class LoKr(Config):
     targets: str = option("linear", "every linear layer inside the blocks")
