@@ -68,7 +68,7 @@ class PaCATuner(Tuner):
     paper="Woo et al., 2025, arXiv:2503.01905",
     kinds=("linear", "conv1d"),
     tuner=PaCATuner,
-    learning_rate=1e-3,
+    learning_rate=3e-3,
 )
 class PaCA(Config):
     targets: str = option("linear", "the paper: every linear layer of the blocks")
