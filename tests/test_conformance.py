@@ -312,32 +312,33 @@ def test_bfloat16(method: str, family: str) -> None:
     assert any(not torch.equal(a, b) for a, b in zip(before, delta.parameters(), strict=True))
 
 
-COMPILED = ("llama", "gpt2", "bert", "t5", "vit", "plain")
+COMPILED = ("llama", "gpt2", "bert")
+COMPILED_SLOWLY = ("t5", "vit", "plain")
 
 
 @pytest.mark.parametrize(
     ("method", "family"),
-    [pair for pair in PAIRS if pair[1] in COMPILED],
-    ids=[name for name, pair in zip(IDS, PAIRS, strict=True) if pair[1] in COMPILED],
+    [pair for pair in PAIRS if pair[1] in COMPILED]
+    + [pytest.param(*pair, marks=pytest.mark.slow) for pair in PAIRS if pair[1] in COMPILED_SLOWLY],
 )
 def test_compiles_as_one_graph_and_switching_does_not_compile_again(method: str, family: str) -> None:
     from torch._dynamo.testing import CompileCounter
 
     torch._dynamo.reset()
     model, inputs, _ = tuned(method, family)
-    if limit := dw.registry()[method].limits.get("compile"):
-        assert limit
-        return
-    two = attach(model, method, name="two", seed=7)
-    begin(two, family, inputs)
-    disturb(two, seed=2)
+    names = ["default"]
+    if "compile" not in dw.registry()[method].limits:  # a declared limit is about switching
+        two = attach(model, method, name="two", seed=7)
+        begin(two, family, inputs)
+        disturb(two, seed=2)
+        names = ["default", "two", "default"]
     expected = {}
-    for name in ("default", "two"):
+    for name in names:
         dw.switch(model, name)
         expected[name] = zoo.output_of(family, model, inputs).detach()
     counter = CompileCounter()
     compiled = torch.compile(model, fullgraph=True, backend=counter)
-    for name in ("default", "two", "default"):
+    for name in names:
         dw.switch(model, name)
         assert difference(zoo.output_of(family, compiled, inputs), expected[name]) < 1e-5
     assert counter.frame_count == 1
@@ -432,11 +433,12 @@ def test_every_kind_of_site_that_it_claims(method: str, kind: str, tmp_path: Pat
     if "targets" in dw.registry()[method]().options() and dw.registry()[method]().targets:
         places = dw.anatomy(model).select("all", (kind,))
         options = {**options, "targets": [place.path for place in places if place.part is None][:3]}
-    try:
-        delta = dw.attach(model, method, **options)
-    except dw.UserError as error:
-        assert "rank" in str(error) or "no bias" in str(error), "a claimed kind is refused for another reason than size"
+    nothing = dw.registry()[method].limits.get("nothing")
+    if nothing and kind == "parameters":  # here: an embedding's own tensors
+        with pytest.raises(dw.UserError, match="has nothing to tune"):
+            dw.attach(model, method, **options)
         return
+    delta = dw.attach(model, method, **options)
     if dw.registry()[method].identity:
         assert difference(zoo.output_of(family, model, inputs), base) < 1e-5
     begin(delta, family, inputs)
