@@ -110,16 +110,42 @@ def load(model: nn.Module, folder: str | Path, *, name: str | None = None, any_b
     chosen = name or str(manifest.get("name", "default"))
     delta = attach(model, config, name=chosen, also=manifest["also"], seed=manifest["seed"])
     try:
-        if not any_base:
-            check_base(manifest["base"], base_marks(model, delta), folder)
-        progress = unpack(manifest.get("procedure", {}), tensors)
-        delta.restore(tensors, training=manifest.get("training", False))
-        if manifest.get("training"):
-            delta.procedure.resume(progress)
+        _fill(delta, folder, manifest, tensors, any_base)
     except BaseException:
         delta.detach()
         raise
     return delta
+
+
+def resume(delta: Delta, folder: str | Path) -> None:
+    """Put an adapter and its procedure back to the state of a checkpoint that was saved with ``training=True``.
+
+    Raises UserError where the checkpoint is of another method or base, or holds no state of a training.
+    """
+    manifest = read_manifest(folder)
+    if not manifest.get("training"):
+        raise UserError(f"{str(folder)!r} holds a finished adapter, not a checkpoint of its training: load it instead")
+    if (saved := from_data(manifest["methods"])) != delta.config:
+        raise UserError(f"{str(folder)!r} is a checkpoint of '{saved}', not of '{delta.config}'")
+    if manifest["also"] != delta.also or manifest["seed"] != delta.seed:
+        mend = f"attach with also={manifest['also']} and seed={manifest['seed']}"
+        raise UserError(f"{str(folder)!r} is a checkpoint of another start: {mend}")
+    _fill(delta, folder, manifest, read_tensors(folder, manifest), any_base=False)
+
+
+def _fill(
+    delta: Delta, folder: str | Path, manifest: Mapping[str, Any], tensors: dict[str, Tensor], any_base: bool
+) -> None:
+    """Tensors and, where they are there, the procedure's state into a fitting adapter."""
+    if not any_base:
+        check_base(manifest["base"], base_marks(delta.model, delta), folder)
+    progress = unpack(manifest.get("procedure", {}), tensors)
+    delta.restore(tensors, training=bool(manifest.get("training")))
+    if manifest.get("training"):
+        try:
+            delta.procedure.resume(progress)
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise UserError(f"{str(folder)!r} holds no state that '{delta.config}' can resume from: {error}") from None
 
 
 def pack(value: Any, tensors: dict[str, Tensor], path: str) -> Any:

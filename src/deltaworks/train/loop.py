@@ -295,8 +295,8 @@ def _steps(stage: Stage, delta: Delta, trial: Attempt, tell: Tell) -> torch.opti
         if not value <= ceiling:
             raise _DivergedError(f"the loss became {value:.3g} at step {step}")
         loss.backward()
-        procedure.gradients()
         torch.nn.utils.clip_grad_norm_(delta.parameters(), recipe.clip)
+        procedure.gradients()
         optimizer.step()
         schedule.step()
         procedure.stepped()

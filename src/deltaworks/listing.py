@@ -1,0 +1,177 @@
+"""What the command line shows of methods, models and saved adapters."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deltaworks.core.delta import Delta, attach
+from deltaworks.core.errors import UserError
+from deltaworks.core.registry import Config, from_data, methods, registry
+
+FORMS = {1: "factors", 2: "weight", 3: "apply"}
+
+
+@dataclass
+class Ability:
+    """What one method is and can do; ``merge`` and ``rows`` hold the reason where it cannot."""
+
+    name: str
+    family: str
+    paper: str
+    form: int | None
+    merge: str | None
+    rows: str | None
+    identity: bool
+    learning_rate: float
+    limits: dict[str, str]
+    options: dict[str, dict[str, Any]]
+
+
+def ability(config: type[Config], probes: list[Any]) -> Ability:
+    """Found by attaching the method to small models until one takes it; ``form`` is None where none does."""
+    delta = _probed(config, probes)
+    limits = dict(config.limits)
+    fields = [field for field in dataclasses.fields(config) if field.init]
+    return Ability(
+        name=config.name,
+        family=config.family,
+        paper=config.paper,
+        form=None if delta is None else max(tuner.form() for tuner in delta.tuners()),
+        merge="no probe takes it" if delta is None else delta.limit("merge"),
+        rows="no probe takes it" if delta is None else delta.limit("rows"),
+        identity=config.identity,
+        learning_rate=config.learning_rate,
+        limits={key: text for key, text in limits.items() if key not in ("merge", "rows")},
+        options={
+            field.name: {"default": field.default, "help": field.metadata.get("help", "")}
+            for field in fields
+            if field.default is not dataclasses.MISSING
+        },
+    )
+
+
+def _probed(config: type[Config], probes: list[Any]) -> Delta | None:
+    for model in probes:
+        try:
+            delta = attach(model, config(**config.small))
+        except UserError:
+            continue
+        delta.detach()
+        return delta
+    return None
+
+
+def probe_models() -> list[Any]:
+    """An encoder and an encoder-decoder of a few thousand parameters, with every kind of place."""
+    import torch
+    from transformers import BertConfig, BertForSequenceClassification, T5Config, T5ForConditionalGeneration
+
+    with torch.random.fork_rng():
+        encoder = BertForSequenceClassification(
+            BertConfig(
+                vocab_size=32, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+                max_position_embeddings=64,
+            )
+        )  # fmt: skip
+        both = T5ForConditionalGeneration(
+            T5Config(vocab_size=32, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, decoder_start_token_id=0)
+        )
+    return [encoder.eval(), both.eval()]
+
+
+def abilities(pattern: str = "*") -> list[Ability]:
+    """The methods whose name or family matches. Raises UserError where none does."""
+    names = methods(pattern)
+    known, probes = registry(), probe_models()
+    return [ability(known[name], probes) for name in names]
+
+
+def print_methods(pattern: str, *, as_json: bool) -> None:
+    """A table, or JSON with every option and the reason of every limit."""
+    found = abilities(pattern)
+    if as_json:
+        print(json.dumps([dataclasses.asdict(each) for each in found], indent=1, default=str))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("method", "form", "merge", "rows", "start", "rate", "paper"):
+        table.add_column(title, no_wrap=title != "paper")
+    family = ""
+    for each in found:
+        if each.family != family:
+            family = each.family
+            table.add_row(f"[bold]{family}[/bold]")
+        form = "-" if each.form is None else f"{each.form} {FORMS[each.form]}"
+        merge, rows = ("no" if reason else "yes" for reason in (each.merge, each.rows))
+        start = "identity" if each.identity else "changed"
+        table.add_row(f"  {each.name}", form, merge, rows, start, f"{each.learning_rate:g}", each.paper)
+    console.print(table, highlight=False)
+    limited = [(each.name, key, text) for each in found for key, text in each.limits.items()]
+    if limited:
+        console.print("\nlimits", style="bold")
+        for name, key, text in limited:
+            console.print(f"{name}, {key}: {text}", highlight=False, markup=False)
+    console.print(
+        "\nform: what the method gives, strongest first (1 implies 2 implies 3); rows: another adapter for each row "
+        "of one batch; rate: default learning rate",
+        style="dim",
+        highlight=False,
+    )
+
+
+def print_anatomy(source: str, task: str | None) -> None:
+    """The tree of a model. Raises UserError where it cannot be loaded."""
+    from deltaworks.core.anatomy import anatomy
+    from deltaworks.train.columns import ROLES
+    from deltaworks.train.models import load_model
+
+    errors: list[UserError] = []
+    for name in [task] if task else list(ROLES):
+        try:
+            loaded = load_model(source, name, labels=["0", "1"])
+        except UserError as error:
+            errors.append(error)
+            continue
+        print(anatomy(loaded.model))
+        return
+    raise errors[0]
+
+
+def print_adapter(folder: Path) -> None:
+    """Method, sizes and origin of a saved adapter, and its scores where its record lies beside it."""
+    from deltaworks.compare.records import read_record
+    from deltaworks.compare.wording import show_bytes, show_count
+    from deltaworks.store.checkpoint import read_manifest, read_tensors
+
+    manifest = read_manifest(folder)
+    tensors = read_tensors(folder, manifest)
+    values = sum(tensor.numel() for tensor in tensors.values())
+    size = sum(path.stat().st_size for path in folder.glob("adapter*"))
+    kinds = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values())
+    base = manifest["base"]
+    lines = {
+        "adapter": f"{manifest.get('name')}: {from_data(manifest['methods'])}",
+        "also trained": ", ".join(manifest["also"]) or "nothing",
+        "base": f"{base.get('class')} with {show_count(base.get('parameters', 0))} parameters",
+        "stored": f"{len(tensors)} tensors, {show_count(values)} values ({', '.join(kinds)}), {show_bytes(size)}",
+        "seed": str(manifest["seed"]),
+    }
+    if manifest.get("training"):
+        lines["state"] = "a checkpoint in the middle of training"
+    if (folder / "record.json").is_file():
+        record = read_record(folder / "record.json")
+        lines["trained on"] = f"{record.data.name} with {record.model.id}, {record.steps} steps of {record.batch_size}"
+        if record.test is not None and record.test.score is not None:
+            lines["test"] = f"{record.test.metric} {record.test.score:.4f}"
+    for key, text in lines.items():
+        print(f"{key:<14}{text}")

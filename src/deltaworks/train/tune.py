@@ -1,0 +1,166 @@
+"""``deltaworks tune`` and ``deltaworks merge``: one recipe to an adapter folder, one adapter folder to a model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+from deltaworks.compare.records import Record, read_record
+from deltaworks.core.errors import UserError
+from deltaworks.store.checkpoint import load
+from deltaworks.store.files import check_writable, replacing, write_atomically
+from deltaworks.train.loop import Stage, output_of, read_data, train
+from deltaworks.train.models import Loaded, load_model
+from deltaworks.train.recipe import Recipe, read_recipe
+from deltaworks.train.tasks import make_task
+
+RECORD, RECIPE, CARD = "record.json", "recipe.yaml", "README.md"
+
+
+def tune(recipe: Recipe) -> Record:
+    """Train as a recipe says, with progress on the terminal; the adapter, its record, recipe and card go to ``out``.
+
+    Raises UserError before the training for what the user can mend, and where the run diverged.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    if recipe.out is None:
+        raise UserError("the recipe says nowhere to save the adapter: add out=FOLDER")
+    folder = check_writable(recipe.out)
+    console = Console()
+    config = recipe.config()
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task(str(config), total=1.0, note="loading")
+
+        def tell(event: dict[str, Any]) -> None:
+            if event["event"] == "step":
+                done = (event["rate"] + event["step"] / event["steps"]) / event["rates"]
+                progress.update(bar, completed=done, note=f"step {event['step']}, loss {event['loss']:.3f}")
+            if "validation" in event:
+                console.print(f"step {event['step']}: validation {event['validation']:.4f}", highlight=False)
+
+        record = train(recipe, adapter=folder, tell=tell)
+    _write(folder, recipe, record)
+    if record.status != "finished":
+        raise UserError(f"the run {record.status}, so no adapter is saved: {record.message}; try a smaller rate")
+    if record.test is not None and record.test.score is not None:
+        console.print(f"test {record.test.metric} {record.test.score:.4f}", highlight=False)
+    console.print(f"adapter, record and card: {folder}", highlight=False, markup=False, soft_wrap=True)
+    return record
+
+
+def _write(folder: Path, recipe: Recipe, record: Record) -> None:
+    text = json.dumps(record.model_dump(mode="json"), indent=1, ensure_ascii=False, allow_nan=False)
+    write_atomically(folder / RECORD, text + "\n")
+    chosen = recipe.model_dump(exclude_none=True, exclude={"out"})
+    write_atomically(folder / RECIPE, yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True))
+    write_atomically(folder / CARD, card(recipe, record))
+
+
+def card(recipe: Recipe, record: Record) -> str:
+    """The model card: front matter that hubs read, then what it is, how it was trained, how to use it."""
+    front = {
+        "library_name": "deltaworks",
+        "base_model": recipe.model,
+        "datasets": [recipe.data],
+        "tags": ["deltaworks", "peft", record.method.partition("[")[0]],
+    }
+    test = record.test
+    score = "none" if test is None or test.score is None else f"{test.metric} {test.score:.4f}"
+    rate = "none" if record.learning_rate is None else f"{record.learning_rate:g}"
+    tried = len(record.learning_rates)
+    also = ", ".join(record.data.labels[:8]) + (", ..." if len(record.data.labels) > 8 else "")
+    rows = {
+        "method": f"`{record.method}` ({record.paper})",
+        "base": f"{record.model.id}, {record.model.parameters:,} parameters",
+        "data": f"{record.data.name} ({record.data.task}), {record.data.sizes}",
+        "classes": also or "none",
+        "trained": f"{record.counts.trainable:,} values and a head of {record.counts.head:,}",
+        "training": f"{record.steps} steps of {record.batch_size}, rate {rate} ({tried} tried), seed {record.seed}",
+        "test": score,
+        "status": record.status + (f": {record.message}" if record.message else ""),
+    }
+    table = "\n".join(f"| {key} | {text} |" for key, text in rows.items())
+    return (
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {record.method} on {record.model.id}\n\n"
+        f"| | |\n|---|---|\n{table}\n\n"
+        "```python\nimport deltaworks as dw\n\n# model: the base, with a head for the same classes in the same order\n"
+        'delta = dw.load(model, "this-folder")\n```\n\n'
+        "The whole recipe is in `recipe.yaml`, every measurement in `record.json`.\n"
+    )
+
+
+def base_of(adapter: Path, source: str | None) -> tuple[Recipe, Record, Loaded]:
+    """The base model that ``tune`` trained an adapter on, loaded again. Raises UserError where it cannot be known."""
+    for name in (RECORD, RECIPE):
+        if not (adapter / name).is_file():
+            raise UserError(f"{str(adapter)!r} has no {name}, so its base is not known: use the folder that tune wrote")
+    record, recipe = read_record(adapter / RECORD), read_recipe(adapter / RECIPE)
+    shape = None
+    if record.data.task == "images":
+        shape = read_data(recipe).train[0]["image"].shape
+    loaded = load_model(
+        source or recipe.model,
+        record.data.task,
+        labels=record.data.labels or None,
+        dtype=recipe.dtype,
+        seed=recipe.seed,
+        image_shape=shape,
+    )
+    return recipe, record, loaded
+
+
+def merge(adapter: Path, out: Path, source: str | None = None) -> float:
+    """Merge an adapter into its base and save the model, if the outputs agree on a probe.
+
+    Returns the largest absolute difference of an output. Raises UserError where it cannot be merged or saved.
+    """
+    recipe, record, loaded = base_of(adapter, source)
+    delta = load(loaded.model, adapter)
+    if reason := delta.limit("merge"):
+        raise UserError(f"{delta.config} cannot be merged: {reason}")
+    check_writable(out)
+    data = read_data(recipe)
+    task = make_task(record.data.task, loaded.processor, recipe.max_length)
+    probe = task.encode(data.test[:8])
+    stage = Stage(recipe, delta.config, data, loaded, task, torch.device("cpu"), [], [], probe)
+    before = output_of(stage)
+    delta.merge(keep_base=False)
+    after = output_of(stage)
+    difference = float((before.double() - after.double()).abs().max())
+    scale = float(before.double().abs().max())
+    print(f"largest output difference, merged to unmerged: {difference:.2g} (outputs up to {scale:.2g})")
+    save_model(loaded.model, loaded.processor, out)
+    print(f"merged model: {out}")
+    return difference
+
+
+def save_model(model: Any, processor: Any, folder: Path) -> None:
+    """With ``save_pretrained`` where the model has it, else its state as safetensors."""
+    if hasattr(model, "save_pretrained"):
+        try:
+            model.save_pretrained(folder)
+            if hasattr(processor, "save_pretrained"):
+                processor.save_pretrained(folder)
+        except OSError as error:
+            raise UserError(f"the merged model cannot be written to {str(folder)!r}: {error.strerror}") from None
+        return
+    _save_state(model, folder)
+
+
+def _save_state(model: nn.Module, folder: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_model as save_tensors
+
+    try:
+        with replacing(folder / "model.safetensors") as temporary:
+            save_tensors(model, str(temporary))  # shared tensors are written once
+    except SafetensorError as error:
+        raise UserError(f"the merged model cannot be written to {str(folder)!r}: {error}") from None
