@@ -1,5 +1,5 @@
 """The rules of the house, kept by reading the files: how long they are, what a method's header says, which way the
-arrows between the packages point, and that nothing names the machine it was written on."""
+arrows between the packages point, and that nothing names somebody's home folder."""
 
 import ast
 import os
@@ -16,7 +16,7 @@ PACKAGE = "deltaworks"
 METHODS = SOURCE / PACKAGE / "methods"
 
 LONGEST = 400
-METHOD_LINES = range(40, 151)
+LONGEST_METHOD = 150
 
 # what each package may import beside itself; what is not named here (the command line, the front door) may all
 BELOW: dict[str, set[str]] = {
@@ -30,12 +30,7 @@ BELOW: dict[str, set[str]] = {
 LAZY = (f"{PACKAGE}/core/delta.py", "save", f"{PACKAGE}.store.checkpoint")
 
 YEAR = re.compile(r"(?<!arXiv:)\b(?:19|20)\d\d\b(?!\.\d)")
-MACHINE = re.compile(
-    r"(?<![\w.~/-])/(?:work|root|home|Users|mnt|opt|srv)(?![\w-])"
-    r"|\b(?:pypi\.org|pythonhosted\.org|download\.pytorch\.org|anaconda\.org)"
-    r"|(?:index-url|find-links|trusted-host)[ =]+[\"']?\w+[.:/]"
-    r"|\b(?:artifactor[y]|dev[p]i)\b"
-)
+HOME = re.compile(r"(?<![\w.~/-])/(?:home|Users)/\w")
 
 
 def assert_none(broken: Iterable[str]) -> None:
@@ -100,7 +95,7 @@ def test_method_files_are_short_and_name_paper_formula_and_count() -> None:
         tree = ast.parse(path.read_text(encoding="utf-8"))
         if path.name == "__init__.py" or not registers_a_method(tree):
             continue
-        if lines_of(path) not in METHOD_LINES:
+        if lines_of(path) > LONGEST_METHOD:
             wrong.append(f"{named(path)} has {lines_of(path)} lines")
         wrong += [f"{named(path)} lacks {what}" for what in header_lacks(ast.get_docstring(tree) or "")]
     assert_none(wrong)
@@ -193,23 +188,10 @@ def test_the_arrows_that_are_seen(name: str, text: str, allowed: bool) -> None:
 # ---- the machine ----------------------------------------------------------------------------------------
 
 
-def test_no_file_names_a_machine_or_a_package_host() -> None:
+def test_no_file_names_somebodys_home() -> None:
     found = []
     for path in sorted(files()):
         for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
-            if match := MACHINE.search(line):
+            if match := HOME.search(line):
                 found.append(f"{named(path)}:{number} says {match[0]!r}")
     assert_none(found)
-
-
-def test_the_machines_that_are_seen() -> None:
-    for inside in ("work", "root", "home"):
-        assert MACHINE.search(f"cd /{inside}/main")
-        assert MACHINE.search(f'"/{inside}"')
-        assert not MACHINE.search(f"src/{inside}/main")
-        assert not MACHINE.search(f"/{inside}-made")
-    host = ".".join(("pypi", "org"))
-    assert MACHINE.search(f"from {host} on")
-    for sign in " =":
-        assert MACHINE.search(f"pip install --index-url{sign}https://mirror.example/simple")
-    assert not MACHINE.search("the --index-url of its CPU or CUDA builds")

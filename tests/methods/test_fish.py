@@ -11,7 +11,8 @@ from conformance import begin, disturb, one_by_one
 from torch import Tensor, nn
 
 import deltaworks as dw
-from deltaworks.methods.selective.fish import FishProcedure, largest
+from deltaworks.methods.selective.entries import largest, squared_gradients
+from deltaworks.methods.selective.fish import FishProcedure
 
 
 class Logistic(nn.Module):
@@ -40,7 +41,7 @@ def information(model: nn.Module, loss: Any, examples: list[Any]) -> Tensor:
     procedure = delta.procedure
     assert isinstance(procedure, FishProcedure)
     run = dw.Run(steps=1, loss=loss, one_by_one=examples)
-    scores = procedure._information(list(procedure._parameters().values()), run)
+    scores, _ = squared_gradients(model, list(procedure.parameters().values()), run, samples=1024)
     delta.detach()
     return torch.cat([score.flatten() for score in scores])
 

@@ -7,7 +7,6 @@ and the fine print (`facts`). The template lays them out.
 import hashlib
 import os
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -48,14 +47,17 @@ def render(records: Sequence[Record]) -> str:
     import jinja2  # heavy parts load when used
     from plotly.offline import get_plotlyjs
 
-    template = resources.files("deltaworks.compare").joinpath("report.html.j2").read_text(encoding="utf-8")
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.PackageLoader("deltaworks.compare", ""),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     sections = [section(comparison) for comparison in compare(records)]
     heading = sections[0]["title"] if len(sections) == 1 else f"{len(sections)} comparisons"
     fingerprint = "".join(record.model_dump_json() for record in records)
-    return environment.from_string(template).render(
+    return environment.get_template("report.html.j2").render(
         title=f"{heading} · deltaworks",
         sections=sections,
         data=[found["plots"] for found in sections],

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from deltaworks.core.forms import Tuner
 from deltaworks.core.registry import Config, method, option
-from deltaworks.core.sites import Site, base_tensors
+from deltaworks.core.sites import Site
+from deltaworks.core.weights import base_tensors
 
 
 class BitFitTuner(Tuner):
