@@ -5,7 +5,7 @@ import math
 import random
 from typing import Any
 
-from deltaworks.compare.records import (
+from deltaworks.store.records import (
     Counts,
     CurvePoint,
     DataFacts,

@@ -10,8 +10,8 @@ import torch
 from pydantic import ValidationError
 from synthetic import a_record, some_records
 
-from deltaworks.compare.records import CurvePoint, Record, Score, Trial, read_records, run_key
 from deltaworks.core.errors import UserError
+from deltaworks.store.records import CurvePoint, Record, Score, Trial, read_records, run_key
 
 KEY = {
     "model": "m",

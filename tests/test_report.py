@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from synthetic import a_record, some_records
 
-from deltaworks.compare.records import Counts, CurvePoint, Record, Score
 from deltaworks.compare.report import family_colours, pareto_front, render, write_report
 from deltaworks.core.errors import UserError
+from deltaworks.store.records import Counts, CurvePoint, Record, Score
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&{{ 7*7 }}\u2028"
 

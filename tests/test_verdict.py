@@ -14,10 +14,10 @@ from deltaworks.compare.noise import (
     welch_p,
     wilson_interval,
 )
-from deltaworks.compare.records import Counts, Record, Score
 from deltaworks.compare.standings import compare, told_apart
 from deltaworks.compare.verdict import verdict
 from deltaworks.compare.wording import join, show_bytes, show_count, show_seconds, show_share
+from deltaworks.store.records import Counts, Record, Score
 
 
 def run(name: str, right: str | None, seed: int = 0, score: float | None = None, **changes: Any) -> Record:

@@ -79,7 +79,7 @@ def probe_models() -> list[Any]:
             )
         )  # fmt: skip
         both = T5ForConditionalGeneration(
-            T5Config(vocab_size=32, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, decoder_start_token_id=0)
+            T5Config(vocab_size=32, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2)
         )
     return [encoder.eval(), both.eval()]
 
@@ -149,9 +149,9 @@ def print_anatomy(source: str, task: str | None) -> None:
 
 def print_adapter(folder: Path) -> None:
     """Method, sizes and origin of a saved adapter, and its scores where its record lies beside it."""
-    from deltaworks.compare.records import read_record
     from deltaworks.compare.wording import show_bytes, show_count
     from deltaworks.store.checkpoint import read_manifest, read_tensors
+    from deltaworks.store.records import read_record
 
     manifest = read_manifest(folder)
     tensors = read_tensors(folder, manifest)

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from deltaworks.compare.records import Record
 from deltaworks.compare.standings import Comparison, Entry, score_of
 from deltaworks.compare.wording import plural, show_bytes
+from deltaworks.store.records import Record
 
 
 @dataclass

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deltaworks.compare.records import Record, read_record
 from deltaworks.store.files import write_atomically
+from deltaworks.store.records import Record, read_record
 from deltaworks.train.recipe import Recipe
 from deltaworks.train.recording import failed_record
 

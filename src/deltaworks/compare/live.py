@@ -11,11 +11,11 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 from deltaworks.compare.jobs import Event, Job
-from deltaworks.compare.records import Record
 from deltaworks.compare.standings import Comparison, Entry
 from deltaworks.compare.standings import compare as sort_records
 from deltaworks.compare.verdict import describe
 from deltaworks.compare.wording import show_bytes, show_count, show_seconds, three_digits
+from deltaworks.store.records import Record
 
 
 class Live:

@@ -13,13 +13,13 @@ from typing import Any
 from deltaworks.compare.colours import COLOURS, family_colours, legend, looks_of
 from deltaworks.compare.facts import setting, shared_facts
 from deltaworks.compare.plots import curves_drawn, pareto_front, plots
-from deltaworks.compare.records import Record, read_records
 from deltaworks.compare.standings import Comparison, compare
 from deltaworks.compare.tables import columns, table
 from deltaworks.compare.verdict import caveats, findings
 from deltaworks.compare.wording import plural, show_count
 from deltaworks.core.errors import UserError
 from deltaworks.store.files import write_atomically
+from deltaworks.store.records import Record, read_records
 
 __all__ = ["family_colours", "pareto_front", "render", "section", "write_report"]
 

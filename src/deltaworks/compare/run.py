@@ -11,10 +11,10 @@ from rich.console import Console
 from deltaworks.compare.jobs import Crew, Job
 from deltaworks.compare.live import Live, summary
 from deltaworks.compare.protocols import Protocol
-from deltaworks.compare.records import Record
 from deltaworks.core.delta import attach
 from deltaworks.core.errors import UserError
 from deltaworks.store.files import check_writable
+from deltaworks.store.records import Record
 from deltaworks.train.data import Data
 from deltaworks.train.loop import read_data, steps_of
 from deltaworks.train.models import load_model

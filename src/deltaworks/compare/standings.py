@@ -15,7 +15,7 @@ from deltaworks.compare.noise import (
     welch_p,
     wilson_interval,
 )
-from deltaworks.compare.records import Record
+from deltaworks.store.records import Record
 
 _FULL = {"full", "full-fine-tuning", "full_fine_tuning"}
 _HEAD = {"head", "head-only", "head_only", "linear-probe", "linear_probe"}

@@ -3,9 +3,9 @@
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
-from deltaworks.compare.records import Record
 from deltaworks.compare.standings import Comparison, Entry, compare, told_apart
 from deltaworks.compare.wording import join, plural, show_bytes, show_count, show_share, three_digits
+from deltaworks.store.records import Record
 
 # Speeds and memories of repeated runs differ by a few per cent; a smaller lead is not worth a sentence.
 _SPREAD = 0.05

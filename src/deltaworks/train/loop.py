@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltaworks.compare.records import CurvePoint, Record, Score, Trial, Validation
 from deltaworks.core.delta import Delta, attach
 from deltaworks.core.errors import UserError
 from deltaworks.core.forms import Replacement
 from deltaworks.core.procedure import Run
 from deltaworks.core.registry import Config
 from deltaworks.store.checkpoint import load
+from deltaworks.store.records import CurvePoint, Record, Score, Trial, Validation
 from deltaworks.train import measure
 from deltaworks.train.batching import Encoded, batches
 from deltaworks.train.data import Data, load_data

@@ -5,11 +5,11 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from deltaworks.compare.records import Counts, DataFacts, ModelFacts, RankOfChange, Record, run_key
 from deltaworks.core.delta import Delta
 from deltaworks.core.forms import Replacement
 from deltaworks.core.registry import Config, as_data
 from deltaworks.core.report import Report
+from deltaworks.store.records import Counts, DataFacts, ModelFacts, RankOfChange, Record, run_key
 from deltaworks.train.data import Data
 from deltaworks.train.models import Loaded
 from deltaworks.train.recipe import Recipe

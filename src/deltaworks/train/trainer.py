@@ -70,7 +70,7 @@ class DeltaTrainer(Trainer):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The model's loss; in training with the procedure's own terms, averaged over accumulation steps."""
-        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        result: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not model.training:
             return result
         loss, outputs = result if return_outputs else (result, None)
@@ -87,9 +87,10 @@ class DeltaTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter; in a checkpoint with the state of its training."""
         if self.args.should_save:
-            self.delta.save(output_dir or str(self.args.output_dir), training=_internal_call)
+            folder = output_dir or str(self.args.output_dir)
+            self.delta.save(folder, training=_internal_call)
             if self.processing_class is not None and not _internal_call:
-                self.processing_class.save_pretrained(output_dir or self.args.output_dir)
+                self.processing_class.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         resume(self.delta, resume_from_checkpoint)

@@ -10,10 +10,10 @@ import torch
 import yaml
 from torch import nn
 
-from deltaworks.compare.records import Record, read_record
 from deltaworks.core.errors import UserError
 from deltaworks.store.checkpoint import load
 from deltaworks.store.files import check_writable, replacing, write_atomically
+from deltaworks.store.records import Record, read_record
 from deltaworks.train.loop import Stage, output_of, read_data, train
 from deltaworks.train.models import Loaded, load_model
 from deltaworks.train.recipe import Recipe, read_recipe

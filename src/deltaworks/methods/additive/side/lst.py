@@ -16,7 +16,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltaworks.core.board import Tap
@@ -24,20 +23,9 @@ from deltaworks.core.errors import UserError
 from deltaworks.core.forms import Tokens, Tuner
 from deltaworks.core.registry import Config, method, option
 from deltaworks.core.sites import Site
-from deltaworks.methods.additive.side.thin import thin_copy
+from deltaworks.methods.additive.side.thin import Projection, thin_copy
 
 PASSED = ("attention_mask", "position_ids", "token_type_ids", "encoder_attention_mask")
-
-
-class Projection(nn.Module):
-    """x W^T + b in the dtype of x; W [out, in]."""
-
-    def __init__(self, site: Site, inner: int, out: int) -> None:
-        super().__init__()
-        self.weight, self.bias = site.kaiming(out, inner), site.uniform(out, bound=inner**-0.5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
 
 
 class Rung(nn.Module):

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltaworks.core.anatomy import Anatomy, Place, anatomy
@@ -19,6 +20,17 @@ from deltaworks.core.weights import base_tensors, part_of, to_matrix
 DEPTHS = ("num_hidden_layers", "num_layers", "encoder_layers", "decoder_layers")
 INNER = ("intermediate_size", "d_ff", "n_inner", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim")
 HEAD = ("head_dim", "d_kv")
+
+
+class Projection(nn.Module):
+    """x W^T + b in the dtype of x; W [out, in]."""
+
+    def __init__(self, site: Site, inner: int, out: int) -> None:
+        super().__init__()
+        self.weight, self.bias = site.kaiming(out, inner), site.uniform(out, bound=inner**-0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
 
 
 def thin_copy(site: Site, reduction: int, kept: Sequence[int]) -> tuple[Any, list[str]]:
