@@ -1,4 +1,4 @@
-"""The Hugging Face Trainer with an adapter: hooks, groups, checkpoints that hold the adapter alone, exact resumption."""
+"""The Hugging Face Trainer with an adapter: hooks, groups, checkpoints of the adapter alone, exact resumption."""
 
 from pathlib import Path
 from typing import Any

@@ -30,7 +30,8 @@ class DeltaTrainer(Trainer):
             )
         self.delta = delta
         self.add_callback(_Clock(self))
-        if self.args.gradient_checkpointing and (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        kind: Any = self.args.gradient_checkpointing_kwargs or {}
+        if self.args.gradient_checkpointing and kind.get("use_reentrant"):
             # the reentrant kind gives no gradient where no input of a block asks for one
             delta.model.enable_input_require_grads()  # type: ignore[operator]
 
@@ -38,7 +39,7 @@ class DeltaTrainer(Trainer):
         """An optimizer over the adapter's groups, after the procedure has begun. Raises UserError for odd kinds."""
         if self.optimizer is None:
             self._begin()
-            made = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            made = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args)
             if {"params", "model", "optimizer_dict"} & set(made[1]):
                 raise UserError(
                     f"the optimizer {self.args.optim} chooses its own parameters: take one such as adamw_torch"
