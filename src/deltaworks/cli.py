@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +25,34 @@ Settings = Annotated[
 ]
 
 
-@app.command(epilog="Example: deltaworks methods 'low-rank*'")
+def command(example: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a command. A user's mistake is one line on standard error and status 2, an interruption 130."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def guarded(*values: Any, **named: Any) -> None:
+            try:
+                function(*values, **named)
+                sys.stdout.flush()
+            except KeyboardInterrupt:
+                print("interrupted", file=sys.stderr)
+                raise SystemExit(130) from None
+            except BrokenPipeError:  # the reader of a pipe has seen enough: what is left must go nowhere
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                raise SystemExit(1) from None
+            except ValueError as error:
+                if type(error).__name__ != "UserError":  # its module is not imported here: help must be quick
+                    raise
+                print(f"deltaworks: {error}", file=sys.stderr)
+                raise SystemExit(2) from None
+
+        app.command(epilog=f"Example: {example}")(guarded)
+        return guarded
+
+    return register
+
+
+@command("deltaworks methods 'low-rank*'")
 def methods(
     pattern: Annotated[str, typer.Argument(help="wildcard on names or families")] = "*",
     json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
@@ -33,7 +63,7 @@ def methods(
     print_methods(pattern, as_json=json)
 
 
-@app.command(epilog="Example: deltaworks anatomy minilm")
+@command("deltaworks anatomy minilm")
 def anatomy(
     model: Annotated[str, typer.Argument(help="minilm, tiny-vit, a folder, module:function, or a Hub id")],
     task: Annotated[str | None, typer.Option(help="load it for this task; default: the first that fits")] = None,
@@ -44,7 +74,7 @@ def anatomy(
     print_anatomy(model, task)
 
 
-@app.command(epilog="Example: deltaworks tune recipe.yaml method=lora[rank=16] steps=100 out=runs/lora")
+@command("deltaworks tune recipe.yaml method=lora[rank=16] steps=100 out=runs/lora")
 def tune(
     recipe: Annotated[Path, typer.Argument(help="a YAML file with lines such as 'model: minilm'")],
     settings: Settings = None,
@@ -56,7 +86,7 @@ def tune(
     run(read_recipe(recipe, settings or []))
 
 
-@app.command(epilog="Example: deltaworks compare --methods head,lora,ia3 steps=60")
+@command("deltaworks compare --methods head,lora,ia3 steps=60")
 def compare(
     settings: Settings = None,
     model: Annotated[str | None, typer.Option(help="minilm, tiny-vit, a folder, module:function, or a Hub id")] = None,
@@ -78,7 +108,7 @@ def compare(
     run(find_protocol(protocol).changed(methods, seeds, workers, given), out, keep_adapters=keep_adapters)
 
 
-@app.command(epilog="Example: deltaworks info runs/lora")
+@command("deltaworks info runs/lora")
 def info(adapter: Annotated[Path, typer.Argument(help="a folder that holds adapter.json")]) -> None:
     """Say what a saved adapter is, without loading its base."""
     from deltaworks.listing import print_adapter
@@ -86,7 +116,7 @@ def info(adapter: Annotated[Path, typer.Argument(help="a folder that holds adapt
     print_adapter(adapter)
 
 
-@app.command(epilog="Example: deltaworks merge runs/lora --out merged")
+@command("deltaworks merge runs/lora --out merged")
 def merge(
     adapter: Annotated[Path, typer.Argument(help="a folder written by deltaworks tune")],
     out: Annotated[Path, typer.Option(help="folder for the merged model")],
@@ -99,27 +129,8 @@ def merge(
 
 
 def main() -> None:
-    """The entry point: a user's mistake is one line on standard error and status 2, an interruption 130."""
-    import click
-
-    # without click's own handling, which turns an interruption into status 1
-    try:
-        status = app(standalone_mode=False)
-    except (KeyboardInterrupt, click.Abort):
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except BrokenPipeError:  # the reader of a pipe has seen enough
-        sys.stderr.close()
-        sys.exit(1)
-    except ValueError as error:
-        if type(error).__name__ != "UserError":  # its class is not imported here: help must be quick
-            raise
-        print(f"deltaworks: {error}", file=sys.stderr)
-        sys.exit(2)
-    sys.exit(status if isinstance(status, int) else 0)
+    """The entry point."""
+    app()
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What a task is: how its rows are encoded and batched, its loss, and its score per example."""
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -54,7 +55,10 @@ class Task(ABC):
 
     def loss_of(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """The mean loss of a batch in nats; a model's own auxiliary losses are included. May be NaN."""
-        output = model(**_on_device_of(model, batch))
+        inputs = _on_device_of(model, batch)
+        if not _reads_labels(model):
+            inputs = {key: value for key, value in inputs.items() if key != "labels"}
+        output = model(**inputs)
         loss = getattr(output, "loss", None)
         return loss if loss is not None else self._loss(_logits(output), batch["labels"])
 
@@ -281,6 +285,12 @@ def make_task(name: str, processor: Any, max_length: int = 256) -> Task:
             f"the task {name!r} needs a tokenizer or picture scaler; set it as the attribute 'processor' of the model"
         )
     return TASKS[name](processor, max_length)
+
+
+def _reads_labels(model: nn.Module) -> bool:
+    """Whether the forward takes labels, as models that compute their own loss do."""
+    parameters = inspect.signature(model.forward).parameters
+    return "labels" in parameters or any(p.kind == p.VAR_KEYWORD for p in parameters.values())
 
 
 def _logits(output: Any) -> Tensor:
