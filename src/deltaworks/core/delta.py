@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from deltaworks.core import merging
-from deltaworks.core.anatomy import Anatomy, Place, anatomy
+from deltaworks.core.anatomy import Anatomy, anatomy
 from deltaworks.core.board import Board, Tap, board_of
 from deltaworks.core.errors import UserError
 from deltaworks.core.forms import Replacement, Tuner
+from deltaworks.core.places import Place, sees_whole_batch
 from deltaworks.core.procedure import Procedure, Procedures
 from deltaworks.core.registry import Config, configure
 from deltaworks.core.report import Report, report
@@ -275,9 +276,9 @@ class Delta:
         if what == "merge" and (tuner := next((t for t in self.tuners() if t.form() == 3), None)) is not None:
             return f"{type(tuner).__name__} computes something that no single weight can hold"
         if what == "rows":
-            odd = next((i for i in self.attached if i.place.kind in ("sublayer", "block", "trunk", "keyvalue")), None)
+            odd = next((item.place for item in self.attached if sees_whole_batch(item.place)), None)
             if odd is not None:
-                return f"it stands around {odd.place.role}, which sees the whole batch at once"
+                return f"it stands around {odd.role} ({odd.path or 'the model'}), which sees the whole batch at once"
         return None
 
     @contextmanager

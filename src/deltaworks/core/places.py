@@ -106,3 +106,9 @@ def _forwards(kind: type[nn.Module]) -> Iterator[CodeType]:
         code = getattr(inspect.unwrap(forward) if callable(forward) else None, "__code__", None)
         if code is not None:  # else it is not written in Python
             yield code
+
+
+def sees_whole_batch(place: Place) -> bool:
+    """Whether an operation works on more than the rows of a batch, or on something that all rows share."""
+    alone = ("sublayer", "block", "trunk", "keyvalue", "parameters")
+    return place.kind in alone or place.role in ("embedding.position", "embedding.bias")
