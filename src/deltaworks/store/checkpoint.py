@@ -21,10 +21,30 @@ from deltaworks.core.registry import as_data, from_data
 from deltaworks.store.files import check_writable, read_json, write_atomically
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 FORMAT = 1
 MANIFEST = "adapter.json"
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _are(kind: type, values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, kind) for value in values)
+
+
+PROPER: dict[str, Callable[[Any], bool]] = {
+    "format": _is_count,
+    "methods": lambda value: bool(value) and _are(dict, value),
+    "also": lambda value: _are(str, value),
+    "seed": _is_count,
+    "tensors": lambda value: isinstance(value, str) and bool(value),
+    "sha256": lambda value: isinstance(value, str),
+    "base": lambda value: isinstance(value, dict) and isinstance(value.get("values"), dict),
+}
+"""What the keys of a manifest must hold."""
 
 
 def save(delta: Delta, folder: str | Path, *, training: bool = False) -> Path:
@@ -69,9 +89,10 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     if not (folder / MANIFEST).is_file():
         raise UserError(f"{str(folder)!r} holds no {MANIFEST}: it is not an adapter saved by deltaworks")
     manifest = read_json(folder / MANIFEST)
-    kinds = {"format": int, "methods": list, "also": list, "seed": int, "tensors": str, "sha256": str, "base": dict}
-    for key, kind in kinds.items():
-        if not isinstance(manifest, dict) or not isinstance(manifest.get(key), kind):
+    if not isinstance(manifest, dict):
+        raise UserError(f"{str(folder / MANIFEST)!r} does not describe an adapter: it is damaged or something else")
+    for key, is_proper in PROPER.items():
+        if not is_proper(manifest.get(key)):
             raise UserError(f"{str(folder / MANIFEST)!r} lacks a proper {key!r}: it is damaged or not an adapter")
     if manifest["format"] > FORMAT:
         raise UserError(f"{str(folder)!r} was written by a newer deltaworks (format {manifest['format']}): update")
@@ -139,6 +160,10 @@ def _fill(
     """Tensors and, where they are there, the procedure's state into a fitting adapter."""
     if not any_base:
         check_base(manifest["base"], base_marks(delta.model, delta), folder)
+    for key, own in delta.tensors(training=bool(manifest.get("training"))).items():
+        found = tensors.get(key, own)
+        if found.is_floating_point() != own.is_floating_point():
+            raise UserError(f"the checkpoint's tensor {key!r} is of type {found.dtype}, not {own.dtype}")
     progress = unpack(manifest.get("procedure", {}), tensors)
     delta.restore(tensors, training=bool(manifest.get("training")))
     if manifest.get("training"):
