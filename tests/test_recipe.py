@@ -30,6 +30,9 @@ def test_the_rates_of_the_search_follow_the_method() -> None:
     recipe = parse_recipe({"method": "lora", "factors": [3, 0.5, 1]})
     assert recipe.tried_rates(recipe.config()) == [0.5 * own, own, 3 * own]
     assert parse_recipe({"rates": [1, 2, 2]}).tried_rates(configure("lora")) == [1, 2]
+    head = configure("head")
+    assert parse_recipe({"head_rate": 0.5}).tried_rates(head) == [0.5]
+    assert Recipe().tried_rates(head) == [head.learning_rate]
     both = configure("lora+bitfit")
     lower = min(own, find("bitfit").learning_rate)
     assert Recipe().tried_rates(both) == [lower]

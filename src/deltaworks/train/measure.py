@@ -84,8 +84,9 @@ def step_memory(model: nn.Module, loss_of: Callable[[], Tensor]) -> StepMemory:
 
     def pack(tensor: Tensor) -> Tensor:
         if tensor.layout == torch.strided:
-            saved.setdefault(_address(tensor), tensor)
-        return tensor
+            saved.setdefault(_address(tensor), tensor.detach())
+        # not the tensor itself: an operation that saves its own output would then keep its graph alive for ever
+        return tensor.detach()
 
     with torch.random.fork_rng():
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

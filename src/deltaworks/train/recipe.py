@@ -95,7 +95,9 @@ class Recipe(BaseModel):
         """The learning rates of the search, ascending."""
         if self.rates is not None:
             return sorted(set(self.rates))
-        own = min(part.learning_rate for part in config.parts())
+        parts = config.parts()
+        # what trains the head alone is held to the rate that every other method trains it with
+        own = min(self.head_rate if self.head_rate and part.targets == "head" else part.learning_rate for part in parts)
         return sorted({own * factor for factor in self.factors})
 
 
