@@ -56,11 +56,12 @@ def command(example: str) -> Callable[[Callable[..., None]], Callable[..., None]
 def methods(
     pattern: Annotated[str, typer.Argument(help="wildcard on names or families")] = "*",
     json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="print a Markdown table")] = False,
 ) -> None:
     """List the methods: taxonomy, paper, form, default rate, and what each can do."""
     from deltaworks.listing import print_methods
 
-    print_methods(pattern, as_json=json)
+    print_methods(pattern, as_json=json, as_markdown=markdown)
 
 
 @command("deltaworks anatomy minilm")
@@ -74,7 +75,7 @@ def anatomy(
     print_anatomy(model, task)
 
 
-@command("deltaworks tune recipe.yaml method=lora[rank=16] steps=100 out=runs/lora")
+@command("deltaworks tune examples/minilm.yaml method=lora[rank=16] out=runs/lora")
 def tune(
     recipe: Annotated[Path, typer.Argument(help="a YAML file with lines such as 'model: minilm'")],
     settings: Settings = None,

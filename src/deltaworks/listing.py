@@ -13,7 +13,7 @@ from deltaworks.core.delta import Delta, attach
 from deltaworks.core.errors import UserError
 from deltaworks.core.registry import Config, from_data, methods, registry
 
-FORMS = {1: "factors", 2: "weight", 3: "apply"}
+FORMS = {1: "factors", 2: "weight", 3: "around"}
 
 
 @dataclass
@@ -91,11 +91,25 @@ def abilities(pattern: str = "*") -> list[Ability]:
     return [ability(known[name], probes) for name in names]
 
 
-def print_methods(pattern: str, *, as_json: bool) -> None:
-    """A table, or JSON with every option and the reason of every limit."""
+def markdown(found: list[Ability]) -> str:
+    """The methods as a Markdown table, for documents."""
+    lines = ["| method | family | form | merges | rows | at step 0 | paper |", "|---|---|---|---|---|---|---|"]
+    for each in found:
+        form = "-" if each.form is None else f"{each.form} {FORMS[each.form]}"
+        merge, rows = ("no" if reason else "yes" for reason in (each.merge, each.rows))
+        start = "identity" if each.identity else "changed"
+        lines.append(f"| `{each.name}` | {each.family} | {form} | {merge} | {rows} | {start} | {each.paper} |")
+    return "\n".join(lines)
+
+
+def print_methods(pattern: str, *, as_json: bool, as_markdown: bool = False) -> None:
+    """A table, or JSON with every option and the reason of every limit, or Markdown."""
     found = abilities(pattern)
     if as_json:
         print(json.dumps([dataclasses.asdict(each) for each in found], indent=1, default=str))
+        return
+    if as_markdown:
+        print(markdown(found))
         return
     from rich.console import Console
     from rich.table import Table
