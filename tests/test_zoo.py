@@ -40,9 +40,7 @@ def test_real_shapes_have_the_published_size(name: str) -> None:
 def test_members_are_small_and_repeat_themselves(name: str) -> None:
     state = torch.random.get_rng_state()
     model, inputs = ZOO[name]()
-    assert torch.equal(torch.random.get_rng_state(), state), (
-        "building a member must leave the generator alone"
-    )
+    assert torch.equal(torch.random.get_rng_state(), state), "building a member must leave the generator alone"
     assert not model.training
     assert size(model) < 80_000
     again, same = ZOO[name]()
