@@ -253,3 +253,8 @@ def test_long_curves_are_thinned_to_what_a_screen_shows() -> None:
     steps, losses = data["points"][0]["curve"]["loss"]
     assert len(steps) == len(losses) <= 240
     assert steps[-1] == 9999
+
+
+def test_a_finished_run_without_a_score_is_shown_as_lost() -> None:
+    page = render([a_record(test=None, validation=None)])
+    assert "no message was left" in page

@@ -28,7 +28,7 @@ class Entry:
 
     label: str
     runs: list[Record]  # finished, with a score, one per seed, by seed
-    unfinished: list[Record]
+    unfinished: list[Record]  # and those that finished without a score
     split: str  # the split that ``scores`` come from: "test" or "validation"
     higher_is_better: bool
 
@@ -304,7 +304,7 @@ def _comparison(records: list[Record]) -> Comparison:
         ]
         kept = _latest_per_seed(usable)
         done = {run.seed for run in kept}
-        unfinished = [run for run in group if run.status != "finished" and run.seed not in done]
+        unfinished = [run for run in group if run not in usable and run.seed not in done]
         if kept or unfinished:
             entries.append(Entry(label, kept, unfinished, split, higher))
     sign = -1 if higher else 1
