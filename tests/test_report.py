@@ -11,7 +11,7 @@ from synthetic import a_record, some_records
 
 from deltaworks.compare.report import family_colours, pareto_front, render, write_report
 from deltaworks.core.errors import UserError
-from deltaworks.store.records import Counts, CurvePoint, Record, Score
+from deltaworks.store.records import Counts, CurvePoint, Record, Score, Validation
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&{{ 7*7 }}\u2028"
 
@@ -256,5 +256,5 @@ def test_long_curves_are_thinned_to_what_a_screen_shows() -> None:
 
 
 def test_a_finished_run_without_a_score_is_shown_as_lost() -> None:
-    page = render([a_record(test=None, validation=None)])
+    page = render([a_record(test=None, validation=Validation(last=None, best=None))])
     assert "no message was left" in page
