@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -14,7 +15,7 @@ from deltaworks.compare.jobs import Event, Job
 from deltaworks.compare.standings import Comparison, Entry
 from deltaworks.compare.standings import compare as sort_records
 from deltaworks.compare.verdict import describe
-from deltaworks.compare.wording import show_bytes, show_count, show_seconds, three_digits
+from deltaworks.compare.wording import show_bytes, show_count, three_digits
 from deltaworks.store.records import Record
 
 
@@ -76,7 +77,10 @@ class Live:
 
 
 def _time(seconds: float | None) -> str:
-    return "-" if seconds is None else show_seconds(seconds)
+    """Seconds as 38 s or 1:40."""
+    if seconds is None:
+        return "-"
+    return f"{seconds:.0f} s" if seconds < 60 else f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
 def summary(console: Console, records: Sequence[Record], page: Path) -> None:
@@ -91,10 +95,12 @@ def summary(console: Console, records: Sequence[Record], page: Path) -> None:
 def score_table(comparison: Comparison) -> Table:
     """One row for each method, best first; failed and diverged ones last."""
     run = comparison.any_run
-    table = Table(title=f"{run.data.name} with {run.model.id}, {run.steps} steps of {run.batch_size}", min_width=60)
-    table.add_column("method", no_wrap=True)
-    for title in (f"{comparison.split} {comparison.metric}", "trainable", "stored", "memory", "samples/s", "time"):
-        table.add_column(title, justify="right")
+    title = f"{run.data.name} with {run.model.id}, {run.steps} steps of {run.batch_size}"
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
+    table.add_column("method", overflow="fold")
+    score = comparison.metric if comparison.split == "test" else f"{comparison.split} {comparison.metric}"
+    for heading in (score, "trainable", "stored", "memory", "samples/s", "time"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for entry in comparison.entries:
         table.add_row(*_cells(comparison, entry))
     return table

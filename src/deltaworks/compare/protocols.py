@@ -82,8 +82,8 @@ PROTOCOLS = {
                 "steps": 60,
                 "batch_size": 32,
                 "group_by_length": True,
-                "max_length": 64,
-                "curve_points": 4,
+                "max_length": 48,
+                "curve_points": 3,
                 # so few steps teach a fresh classifier only at a high rate, which is the same for all methods
                 "head_rate": 3e-2,
             },

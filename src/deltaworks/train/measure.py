@@ -88,14 +88,12 @@ def step_memory(model: nn.Module, loss_of: Callable[[], Tensor]) -> StepMemory:
         # not the tensor itself: an operation that saves its own output would then keep its graph alive for ever
         return tensor.detach()
 
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), _LiveBytes() as counter:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             loss = loss_of()
         kept = sum(tensor.untyped_storage().nbytes() for address, tensor in saved.items() if address not in own)
         saved.clear()
-        del loss
-        with _LiveBytes() as counter:
-            loss_of().backward()
+        loss.backward()
     for parameter in model.parameters():
         parameter.grad = None
     return StepMemory(kept, counter.peak)
