@@ -9,6 +9,7 @@ from small_data import SETTINGS, write_letters
 from torch import nn
 
 import deltaworks as dw
+from deltaworks.core.errors import UserError
 from deltaworks.store.records import Record
 from deltaworks.train import measure
 from deltaworks.train.loop import Attempt, Stage, choose, fit, linear_decay, parameter_groups, prepare, train
@@ -74,6 +75,12 @@ def test_the_rate_is_chosen_on_validation_and_its_adapter_is_tested(letters: dic
     assert record.test == alone.test
     names = [next((tmp_path / folder).glob("*.safetensors")).name for folder in ("best", "alone")]
     assert names[0] == names[1]  # named by their content
+
+
+def test_several_rates_need_validation_rows(letters: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="several rates"):
+        run(letters, rates=[1e-3, 1e-2], validation=0)
+    assert run(letters, steps=2, validation=0).learning_rate_split == ""
 
 
 def test_ties_go_to_the_smaller_rate_and_divergence_never_wins() -> None:

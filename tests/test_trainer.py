@@ -11,6 +11,7 @@ from zoo import CLASSES, ZOO
 
 import deltaworks as dw
 from deltaworks.core.errors import UserError
+from deltaworks.core.registry import find, registry
 
 EXAMPLES, STEPS = 24, 6
 
@@ -84,6 +85,13 @@ def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one(tmp_path: Pa
     assert rest.state.global_step == whole.state.global_step == STEPS
     state, other = whole.delta.procedure.state(), rest.delta.procedure.state()
     assert str(state) == str(other)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(registry()))
+def test_every_method_resumes_exactly(tmp_path: Path, name: str) -> None:
+    method = str(find(name)(**find(name).small))
+    test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one(tmp_path, method)
 
 
 def test_checkpoints_hold_the_adapter_alone(tmp_path: Path) -> None:

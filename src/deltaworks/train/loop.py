@@ -124,6 +124,8 @@ def prepare(recipe: Recipe, data: Data | None = None) -> Stage:
         torch.set_num_threads(recipe.threads)
     if data is None:
         data = read_data(recipe)
+    if len(recipe.tried_rates(config)) > 1 and not data.validation:
+        raise UserError("several rates are chosen between on validation rows, and there are none: raise validation")
     shape = data.train[0]["image"].shape if data.train and "image" in data.train[0] else None
     loaded = load_model(
         recipe.model, data.task, labels=data.labels, dtype=recipe.dtype, seed=recipe.seed, image_shape=shape
@@ -267,6 +269,8 @@ def fit(stage: Stage, delta: Delta, trial: Attempt, tell: Tell) -> None:
             else measure.model_bytes(model) + measure.optimizer_bytes(optimizer) + memory.peak
         )
         delta.procedure.end()
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in delta.parameters()):
+            raise _DivergedError("a trained value is not finite after the last step")
         if stage.validation:
             outcome = stage.evaluate(stage.validation)
             if not math.isfinite(outcome["loss"]):
