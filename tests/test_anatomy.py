@@ -1,6 +1,5 @@
 """What anatomy finds, against models that are run: roles, parts, groups, ties, sub-layers and targets."""
 
-import time
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -675,10 +674,7 @@ def test_one_block_is_a_stack() -> None:
 def test_seven_billion_parameters_on_meta() -> None:
     with torch.device("meta"):
         model = hf.LlamaForCausalLM(hf.LlamaConfig())
-    start = time.perf_counter()
     places = anatomy(model)
-    seconds = time.perf_counter() - start
-    assert seconds < 1.0
     assert len(places.select("linear")) == 7 * 32
     tree = str(places)
     assert "layers.0-31" in tree
