@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from deltaworks.core.anatomy import Anatomy
 from deltaworks.core.board import Tap
 from deltaworks.core.errors import UserError
+from deltaworks.core.paths import parent_of
 from deltaworks.core.places import Place
 from deltaworks.core.weights import base_tensors, part_of, to_matrix
 
@@ -34,6 +35,12 @@ class Site:
         self._generator: torch.Generator | None = None
         self.taps: list[tuple[nn.Module, Tap]] = []
 
+    def at(self, place: Place) -> Site:
+        """Another place of the same model, for what is shared between places."""
+        site = Site(place, self.model, self.anatomy, self.seed, self._shared)
+        site.member = self.member
+        return site
+
     @property
     def matrix(self) -> Tensor:
         """The base weight as the matrix [out, in] that a tuner's ``weight`` gets (1-D for norms)."""
@@ -55,7 +62,7 @@ class Site:
         """Features of the residual stream at this place."""
         for place in self.anatomy.places:
             if place.stack == self.place.stack and place.part is None and place.role in ("attention.o", "mlp.down"):
-                return self._matrix_of(place).shape[0]
+                return self.at(place).shape[0]
         config = getattr(self.module, "config", None) or getattr(self.model, "config", None)
         width = getattr(config, "hidden_size", None)
         if width is None:
@@ -64,21 +71,19 @@ class Site:
 
     @property
     def heads(self) -> tuple[int, int]:
-        """(key/value heads, features of a head) of a ``keyvalue`` place."""
-        attention = self.module
+        """(key/value heads, features of a head) of the attention that this place is, or lies in."""
+        section = self.place.role.split(".")[0]
+        mine = (self.place.stack, self.place.block, section)
+        beside = [p for p in self.anatomy.places if (p.stack, p.block, p.role.split(".")[0]) == mine]
+        paths = [self.place.path, *(path for place in beside for path in (place.path, parent_of(place.path)))]
+        owners = [self.model.get_submodule(path) for path in paths]
         names = ("head_dim", "attention_head_size", "key_value_proj_dim", "d_kv")
-        size = next(
-            (getattr(attention, name) for name in names if isinstance(getattr(attention, name, None), int)), None
-        )
-        role = self.place.role.split(".")[0]
-        for place in self.anatomy.places:
-            if place.role == f"{role}.k" and place.path.startswith(self.place.path + ".") and size:
-                start, stop = place.part or (0, self._matrix_of(place).shape[0])
-                return (stop - start) // size, size
+        sizes = (getattr(owner, name, None) for owner in owners for name in names)
+        size = next((size for size in sizes if isinstance(size, int)), None)
+        for place in beside:
+            if place.role == f"{section}.k" and size:
+                return self.at(place).shape[0] // size, size
         raise UserError(f"the key and value heads of {self.place.path!r} cannot be found")
-
-    def _matrix_of(self, place: Place) -> Tensor:
-        return to_matrix(place.kind, base_tensors(self.model.get_submodule(place.path))["weight"])
 
     def check_rank(self, rank: int) -> None:
         """Raises UserError where a rank is larger than the layer allows."""
