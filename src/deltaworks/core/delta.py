@@ -389,8 +389,9 @@ class Delta:
 
 def _alike(module: Any) -> bool:
     """Whether all adapters of a module have tuners of the same shape, so that one graph can serve them."""
-    kinds = [
-        [(type(t), t.place, str(t.config), [(n, v.shape) for n, v in t.state_dict().items()]) for t in tuners]
-        for tuners in module.deltas.values()
-    ]
+    kinds = [[(type(t), t.place, str(t.config), _shapes(t)) for t in tuners] for tuners in module.deltas.values()]
     return all(kind == kinds[0] for kind in kinds[1:])
+
+
+def _shapes(tuner: Tuner) -> list[Any]:
+    return [(name, tensor.shape) for name, tensor in (*tuner.named_parameters(), *tuner.named_buffers())]
