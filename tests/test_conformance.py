@@ -71,7 +71,9 @@ def test_gradients_reach_the_trained_tensors_and_nothing_else(method: str, famil
     touched = 0.0
     for item in delta.attached:
         for name, parameter in item.tuner.named_parameters():
-            if parameter.grad is None:
+            if not parameter.requires_grad:
+                assert parameter.grad is None, f"{item.key}.{name} rests and got a gradient"
+            elif parameter.grad is None:
                 assert id(model.get_submodule(item.place.path)) not in ran, f"{item.key}.{name} got no gradient"
             else:
                 assert parameter.grad.isfinite().all(), f"{item.key}.{name}"

@@ -18,13 +18,14 @@ if TYPE_CHECKING:
 class Tap:
     """A value seen inside one module and needed in another one, within one forward pass."""
 
-    def __init__(self, side: str) -> None:
+    def __init__(self, side: str, graded: bool = False) -> None:
         self.side = side  # "input", "output", or "mask" (the token mask of a trunk)
+        self.graded = graded  # only while gradients are recorded
         self.value: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy of a model starts without the values of a forward pass."""
-        return {"side": self.side, "value": None}
+        return {**self.__dict__, "value": None}
 
 
 class Board:

@@ -20,7 +20,7 @@ from deltaworks.core.errors import UserError
 from deltaworks.core.forms import Replacement, Tuner
 from deltaworks.core.places import Place, sees_whole_batch
 from deltaworks.core.procedure import Procedure, Procedures
-from deltaworks.core.registry import Config, configure
+from deltaworks.core.registry import Config, OnTop, configure
 from deltaworks.core.report import Report, report
 from deltaworks.core.sites import Site, is_causal
 from deltaworks.core.weights import WEIGHT_KINDS, base_tensors, effective, to_matrix
@@ -72,7 +72,9 @@ class Delta:
 
     def __init__(self, model: nn.Module, name: str, config: Config, also: list[str], seed: int, board: Board) -> None:
         self.model, self.name, self.config, self.also, self.seed, self.board = model, name, config, also, seed, board
+        self.members: list[Config] = config.parts()  # the methods that this adapter is made of
         self.merged = False
+        self.resting: list[nn.Parameter] = []  # trained parameters that get no gradient for a while
         self.anatomy: Anatomy = next(iter(board.deltas.values())).anatomy if board.deltas else anatomy(model)
         self._taps: list[tuple[nn.Module, Tap]] = []
         self._before: merging.Values = {}
@@ -81,10 +83,11 @@ class Delta:
         present = [member for member in members if member is not None]
         self.procedure: Procedure = present[0] if len(present) == 1 else Procedures(self, present)
 
-    @property
-    def members(self) -> list[Config]:
-        """The methods that this adapter is made of."""
-        return self.config.parts()
+    def watch(self, path: str, side: str, *, graded: bool = False) -> Tap:
+        """As ``Site.watch``, for procedures while they are made; ``graded``: only where gradients are recorded."""
+        tap = Tap(side, graded)
+        self._taps.append((self.model.get_submodule(path), tap))
+        return tap
 
     def _build(self) -> list[Attached]:
         attached: list[Attached] = []
@@ -95,10 +98,12 @@ class Delta:
                 if key == f"family:{family}":
                     raise UserError(f"{config.name} does not work on {type(self.model).__name__}: {sentence}")
             made = [self._make(config.tuner, member, place, shared, config) for place in config.places(self.anatomy)]
-            if not any(made):
+            if not any(made) and config.kinds:  # a method without kinds acts on the others' tuners
                 mend = config.limits.get("nothing", "give targets")
                 raise UserError(f"{config} has nothing to tune in {type(self.model).__name__}: {mend}")
             attached += [item for item in made if item is not None]
+        if all(isinstance(config, OnTop) for config in self.members):
+            raise UserError(f"{self.config} stands on no method: write it behind one, as in 'lora+{self.config}'")
         replaced = {item.place.path for item in attached if isinstance(item.tuner, Replacement)}
         for place in self.anatomy.select(self.also, WEIGHT_KINDS) if self.also else []:
             if place.part is None and place.path not in replaced:
@@ -125,7 +130,7 @@ class Delta:
         key = place.path or "(model)"
         if place.part is not None:
             key += f"[{place.role}]"
-        if len(self.members) > 1 and member < len(self.members):
+        if sum(bool(other.kinds) for other in self.members) > 1 and member < len(self.members):
             key += f"<{member}>"
         return Attached(key, member, place, tuner)
 
@@ -180,30 +185,29 @@ class Delta:
         """Every tuner, in model order."""
         return [item.tuner for item in self.attached]
 
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Trained parameters with the names they have in files; what is shared comes once."""
-        seen: set[int] = set()
+    def _trained(self) -> Iterator[tuple[Attached, str, nn.Parameter]]:
+        resting, seen = {id(parameter) for parameter in self.resting}, set()
         for item in self.attached:
             for name, parameter in item.tuner.named_parameters():
-                if id(parameter) not in seen and parameter.requires_grad:
+                if id(parameter) not in seen and (parameter.requires_grad or id(parameter) in resting):
                     seen.add(id(parameter))
-                    yield f"{item.key}.{name}", parameter
+                    yield item, name, parameter
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Trained parameters with the names they have in files; what is shared comes once."""
+        for item, name, parameter in self._trained():
+            yield f"{item.key}.{name}", parameter
 
     def parameters(self) -> list[nn.Parameter]:
-        """The parameters to train."""
+        """The parameters to train, with those that rest now."""
         return [parameter for _, parameter in self.named_parameters()]
 
     def parameter_groups(self, rate: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
         """Groups for a torch optimizer: each tensor with its method's learning rate and decay."""
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-        seen: set[int] = set()
-        for item in self.attached:
-            for name, parameter in item.tuner.named_parameters():
-                if id(parameter) in seen or not parameter.requires_grad:
-                    continue
-                seen.add(id(parameter))
-                decay = weight_decay if item.tuner.decays else 0.0
-                groups.setdefault((rate * item.tuner.rates.get(name, 1.0), decay), []).append(parameter)
+        for item, name, parameter in self._trained():
+            decay = weight_decay if item.tuner.decays else 0.0
+            groups.setdefault((rate * item.tuner.rates.get(name, 1.0), decay), []).append(parameter)
         return [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()]
 
     def tensors(self, *, training: bool = False) -> dict[str, Tensor]:
@@ -389,9 +393,10 @@ class Delta:
 
 def _alike(module: Any) -> bool:
     """Whether all adapters of a module have tuners of the same shape, so that one graph can serve them."""
-    kinds = [[(type(t), t.place, str(t.config), _shapes(t)) for t in tuners] for tuners in module.deltas.values()]
+    kinds = [[_signature(tuner) for tuner in tuners] for tuners in module.deltas.values()]
     return all(kind == kinds[0] for kind in kinds[1:])
 
 
-def _shapes(tuner: Tuner) -> list[Any]:
-    return [(name, tensor.shape) for name, tensor in (*tuner.named_parameters(), *tuner.named_buffers())]
+def _signature(tuner: Tuner) -> tuple[Any, ...]:
+    shapes = [(name, tensor.shape) for name, tensor in (*tuner.named_parameters(), *tuner.named_buffers())]
+    return (type(tuner), tuner.place, str(tuner.config), shapes)

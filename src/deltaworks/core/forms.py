@@ -134,6 +134,8 @@ class Tuner(nn.Module):
     """Whether weight decay makes sense (not for tensors that start at one)."""
     adds: ClassVar[bool] = True
     """Whether its change of the weight can act together with other adapters' changes."""
+    strength: float = 1.0
+    """How much of its change acts: less than all of it for a while (see ``layers.damped``)."""
     dropout: float = 0.0
     """Dropout on the input of ``A`` (form 1); the engine applies it."""
 

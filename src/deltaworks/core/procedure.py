@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 if TYPE_CHECKING:
     from deltaworks.core.delta import Delta
@@ -34,6 +35,7 @@ class Procedure:
 
         procedure.begin(Run(steps=100, batches=loader, loss=loss_of))
         optimizer = torch.optim.AdamW(delta.parameter_groups(rate))
+        procedure.optimizing(optimizer)
         for batch in loader:
             loss = procedure.loss(loss_of(model, batch))
             loss.backward()
@@ -49,6 +51,9 @@ class Procedure:
 
     def begin(self, run: Run) -> None:
         """Before the optimizer is made: calibration; tensors may still change their shapes."""
+
+    def optimizing(self, optimizer: Optimizer) -> None:
+        """When the optimizer is made: for methods that start its state again in the middle."""
 
     def loss(self, loss: Tensor) -> Tensor:
         """The training loss with the method's own terms."""
@@ -85,6 +90,10 @@ class Procedures(Procedure):
     def begin(self, run: Run) -> None:
         for member in self.members:
             member.begin(run)
+
+    def optimizing(self, optimizer: Optimizer) -> None:
+        for member in self.members:
+            member.optimizing(optimizer)
 
     def loss(self, loss: Tensor) -> Tensor:
         for member in self.members:

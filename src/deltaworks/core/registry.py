@@ -75,6 +75,10 @@ class Config:
         """The methods that this one is made of; itself, for all but compositions."""
         return [self]
 
+    def within(self) -> list[Config]:
+        """The methods that this one adds to a composition."""
+        return self.parts()
+
     def options(self) -> dict[str, Any]:
         """Every option with its value, ready for JSON."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.init}
@@ -98,13 +102,30 @@ class Composition(Config):
     members: list[Config] = dataclasses.field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.members = [part for member in self.members for part in member.parts()]
+        self.members = [part for member in self.members for part in member.within()]
 
     def parts(self) -> list[Config]:
         return self.members
 
     def __str__(self) -> str:
         return "+".join(str(member) for member in self.members)
+
+
+@dataclass(kw_only=True)
+class OnTop(Config):
+    """A method that works on others over time: a member of a composition, "lora+ist"; alone it stands on ``host``."""
+
+    targets: str = option("", "unused: the methods below have theirs")
+    host: str = option("lora", "the method below, where this one is named alone")
+
+    def places(self, anatomy: Any) -> list[Any]:
+        return super().places(anatomy) if self.kinds else []
+
+    def parts(self) -> list[Config]:
+        return [*configure(self.host).parts(), self]
+
+    def within(self) -> list[Config]:
+        return [self]
 
 
 ConfigClass = TypeVar("ConfigClass", bound=type[Config])

@@ -57,10 +57,11 @@ def report(delta: Delta, *, ranks: bool = False) -> Report:
     """Count what an adapter trains, changes and stores. Raises nothing; meta devices count shapes alone."""
     rows: dict[str, Row] = {}
     seen: set[int] = set()
+    trained = {id(p) for p in delta.parameters()}
     for item in delta.attached:
         row = rows.setdefault(item.place.role, Row(item.place.role))
         row.sites += 1
-        fresh = [p for p in item.tuner.parameters() if id(p) not in seen and p.requires_grad]
+        fresh = [p for p in item.tuner.parameters() if id(p) in trained - seen]
         seen.update(id(p) for p in fresh)
         trainable = sum(p.numel() for p in fresh)
         row.trainable += trainable
@@ -77,7 +78,6 @@ def report(delta: Delta, *, ranks: bool = False) -> Report:
                 row.ranks.append(rank_of(change))
         else:
             row.changed += trainable
-    trained = {id(p) for p in delta.parameters()}
     return Report(
         method=str(delta.config),
         total=sum(p.numel() for p in delta.model.parameters() if id(p) not in trained),

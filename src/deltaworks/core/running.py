@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltaworks.core.errors import UserError
+from deltaworks.core.layers import at_strength
 from deltaworks.core.trunks import run_trunk
 from deltaworks.core.weights import WEIGHT_KINDS, added, base_tensors, effective, low_rank
 
@@ -97,7 +98,8 @@ def run_rows(module: Any, run: Callable[..., Any], board: Any, args: tuple[Any, 
     x, rows = operation.x, board.rows
     if x.shape[0] != rows.shape[0]:
         raise UserError(f"dw.rows names {rows.shape[0]} rows but the batch that reached a layer has {x.shape[0]}")
-    chosen = [list(module.deltas[name]) if name in module.deltas else [] for name in board.row_names]
+    deltas = module.deltas
+    chosen = [[at_strength(tuner) for tuner in deltas[name]] if name in deltas else [] for name in board.row_names]
     y = operation(x)
     if all(is_product(tuner) for tuners in chosen for tuner in tuners):
         return operation.replaced(y + stacked_rows(chosen, rows.to(x.device), x, y))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from deltaworks.core.attention import ConfigView
 from deltaworks.core.board import Board, Tap
 from deltaworks.core.forms import Tuner
+from deltaworks.core.layers import at_strength
 from deltaworks.core.running import RUNNERS, run_rows
 from deltaworks.core.trunks import widened
 
@@ -49,12 +50,12 @@ def acting(module: Any) -> list[Any]:
         return [Selected(list(column), board.index) for column in columns]
     if not len(module.deltas):  # only watched: a graph through here need not know who acts
         return []
-    return [tuner for name in board.active if name in module.deltas for tuner in module.deltas[name]]
+    return [at_strength(tuner) for name in board.active if name in module.deltas for tuner in module.deltas[name]]
 
 
 def forward_wrapped(module: Any, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The forward of every wrapped module: ``run`` is the forward of its own class."""
-    taps: list[Tap] = module._taps
+    taps: list[Tap] = [tap for tap in module._taps if not tap.graded or torch.is_grad_enabled()]
     for tap in taps:
         if tap.side == "input":
             tap.value = args[0] if args else next(iter(kwargs.values()))

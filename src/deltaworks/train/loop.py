@@ -287,6 +287,7 @@ def fit(stage: Stage, delta: Delta, trial: Attempt, tell: Tell) -> None:
 def _steps(stage: Stage, delta: Delta, trial: Attempt, tell: Tell) -> torch.optim.Optimizer:
     recipe, model, procedure, steps = stage.recipe, stage.model, delta.procedure, stage.steps
     optimizer = torch.optim.AdamW(parameter_groups(stage, delta, trial.rate), fused=True)
+    procedure.optimizing(optimizer)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, linear_decay(steps, recipe.warmup))
     points = {round(steps * (k + 1) / recipe.curve_points) for k in range(recipe.curve_points)}
     since: list[float] = []

@@ -46,6 +46,7 @@ class DeltaTrainer(Trainer):
                 )
             groups = self.delta.parameter_groups(self.args.learning_rate, self.args.weight_decay)
             self.optimizer = made[0](groups, **made[1])
+            self.delta.procedure.optimizing(self.optimizer)
         return self.optimizer
 
     def _begin(self) -> None:
