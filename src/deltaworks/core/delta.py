@@ -386,9 +386,8 @@ class Delta:
 
     def __repr__(self) -> str:
         state = "merged" if self.merged else "acting" if self.name in self.board.active else "resting"
-        return (
-            f"Delta({self.name!r}: {self.config} on {type(self.model).__name__}, {len(self.attached)} sites, {state})"
-        )
+        sites = f"{len(self.attached)} sites, {state}"
+        return f"Delta({self.name!r}: {self.config} on {type(self.model).__name__}, {sites})"
 
 
 def _alike(module: Any) -> bool:
