@@ -164,6 +164,15 @@ _SPELLED = {"attention.qkv": "attention.[qkv]", "cross_attention.qkv": "cross_at
 _ITEM = re.compile(r"(?:(?P<stack>\w+):)?(?P<name>[^@:]+)(?:@(?P<first>-?\d+)(?:-(?P<last>-?\d+))?)?")
 
 
+def backbone(found: Anatomy, places: Iterable[Place]) -> list[Place]:
+    """The places without the output head's own; a head that is tied to an embedding moves with it."""
+    places = [place for place in places if place.part is None]
+    own = {place.path for place in places if place.role != "head"}
+    owners = [{parent_of(name) for name in group} for group in found.tied]
+    tied = {path for group in owners if group & own for path in group}
+    return [place for place in places if place.role != "head" or place.path in tied]
+
+
 def _split(targets: str) -> list[str]:
     """Items between commas; a comma inside brackets belongs to a regular expression."""
     parts = re.split(r",(?![^\[({]*[\])}])", targets)

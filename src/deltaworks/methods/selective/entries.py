@@ -1,17 +1,22 @@
 """What the sparse methods have in common: a few chosen entries of the weights, and the scores that choose them."""
 
-from collections.abc import Mapping
-from itertools import islice
+from collections.abc import Callable, Iterable, Mapping
+from itertools import islice, pairwise
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from deltaworks.core.delta import Delta
+from deltaworks.core.anatomy import backbone as backbone
+from deltaworks.core.delta import Attached, Delta
 from deltaworks.core.errors import UserError
 from deltaworks.core.forms import Tuner
 from deltaworks.core.procedure import Procedure, Run
 from deltaworks.core.sites import Site
+
+Criterion = Callable[[Any, Any], Tensor]
+"""(model, batch) to a scalar whose gradients are looked at."""
 
 
 class Entries(nn.Module):
@@ -23,6 +28,10 @@ class Entries(nn.Module):
         super().__init__()
         self.values = nn.Parameter(values)
         self.register_buffer("index", index)
+
+    def current(self, parameter: Tensor) -> Tensor:
+        """What the entries of ``parameter`` are now, [k], in float32."""
+        return parameter.detach().reshape(-1)[self.index].float() + self.values
 
 
 class EntriesTuner(Tuner):
@@ -73,25 +82,39 @@ class Choosing(Procedure):
     """Chooses the entries of all weights together, before the first step."""
 
     delta: Delta
+    optimizer: Optimizer | None = None
 
     def __init__(self, delta: Delta, config: Any) -> None:
         super().__init__(delta)
         self.config = config
 
+    def optimizing(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+
+    def restart(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Let the optimizer's state of these parameters start again from zero."""
+        for parameter in parameters if self.optimizer is not None else ():
+            self.optimizer.state.pop(parameter, None)
+
     def tuners(self) -> list[Any]:
         return [tuner for tuner in self.delta.tuners() if tuner.config is self.config]
 
-    def parameters(self) -> dict[int, nn.Parameter]:
-        """The backbone's parameters by the key of their entries, tied ones once."""
-        found: dict[int, Any] = {}
+    def owners(self) -> dict[int, tuple[Attached, str]]:
+        """Where each of the backbone's parameters stands, and its name there, by the key of its entries; ties once."""
+        found: dict[int, tuple[Attached, str]] = {}
         for item in self.delta.attached:
             if item.tuner.config is self.config:
-                base, tuner = (
-                    self.delta.model.get_submodule(item.place.path)._parameters,
-                    cast(EntriesTuner, item.tuner),
-                )
-                found |= {key: base[name] for name, (key, _) in tuner.own.items()}
+                for name, (key, _) in cast(EntriesTuner, item.tuner).own.items():
+                    found.setdefault(key, (item, name))
         return found
+
+    def parameters(self) -> dict[int, nn.Parameter]:
+        """The backbone's parameters by the key of their entries, tied ones once."""
+        model = self.delta.model
+        return {
+            key: cast(nn.Parameter, model.get_submodule(item.place.path)._parameters[name])
+            for key, (item, name) in self.owners().items()
+        }
 
     @property
     def chosen(self) -> bool:
@@ -105,16 +128,26 @@ class Choosing(Procedure):
     def choose(self, scores: list[Tensor]) -> None:
         """Train the ``count`` entries with the largest scores; one tensor of scores for each of ``parameters()``."""
         kept = largest(torch.cat([score.flatten() for score in scores]), self.count)
-        shared, start = self.tuners()[0].entries, 0
-        for key, parameter in self.parameters().items():
-            index = kept[(kept >= start) & (kept < start + parameter.numel())] - start
-            start += parameter.numel()
+        ends = torch.tensor([0, *(score.numel() for score in scores)]).cumsum(0).tolist()
+        self.take([kept[(kept >= start) & (kept < end)] - start for start, end in pairwise(ends)])
+
+    def take(self, chosen: list[Tensor]) -> None:
+        """Train the flat positions ``chosen`` (ascending), one list for each of ``parameters()``."""
+        shared = self.tuners()[0].entries
+        for (key, parameter), index in zip(self.parameters().items(), chosen, strict=True):
             if len(index):
-                narrow = torch.int32 if parameter.numel() < 2**31 else torch.int64
-                shared[key] = Entries(index.to(narrow), torch.zeros(len(index), device=index.device))
+                shared[key] = Entries(narrowed(index, parameter.numel()), torch.zeros(len(index), device=index.device))
         for tuner in self.tuners():
             tuner.choose()
         self.delta.reshaped()
+
+    def details(self) -> dict[str, Any]:
+        """How many entries of which tensor are trained; of tied tensors the first one is named."""
+        shared, owners = self.tuners()[0].entries, self.owners()
+        tensors = [f"{item.key}.{name}" for key, (item, name) in owners.items() if key in shared]
+        kept = [shared[key].values.numel() for key in owners if key in shared]
+        prefix = self.config.name.replace("-", "_")
+        return {f"{prefix}_kept": sum(kept), f"{prefix}_tensors": tensors, f"{prefix}_entries": kept}
 
     def loss(self, loss: Tensor) -> Tensor:
         if not self.chosen:
@@ -132,6 +165,39 @@ def squared_gradients(
     """
     if run.loss is None or run.one_by_one is None:
         raise UserError("ranking weights needs Run(loss=..., one_by_one=...) in procedure.begin: single examples")
+    scores, seen = gathered_gradients(model, parameters, run.loss, islice(run.one_by_one, samples), Tensor.square)
+    if not seen:
+        raise UserError("ranking weights needs single examples, and Run(one_by_one=...) yields none")
+    return [score / seen for score in scores], seen
+
+
+def summed_gradients(
+    model: nn.Module, parameters: list[nn.Parameter], run: Run, batches: int, criterion: Criterion | None = None
+) -> tuple[list[Tensor], int]:
+    """The signed sum of each parameter's gradients over at most ``batches`` of the run's, and their number.
+
+    ``criterion`` stands for the training loss, if given. Raises UserError where the run has no batches to give.
+    """
+    criterion = criterion or run.loss
+    if criterion is None:
+        raise UserError("ranking weights needs Run(loss=..., batches=...) in procedure.begin")
+    scores, seen = gathered_gradients(model, parameters, criterion, islice(run.batches, batches))
+    if not seen:
+        raise UserError("ranking weights needs batches, and Run(batches=...) yields none")
+    return scores, seen
+
+
+def gathered_gradients(
+    model: nn.Module,
+    parameters: list[nn.Parameter],
+    criterion: Criterion,
+    batches: Iterable[Any],
+    turned: Callable[[Tensor], Tensor] = lambda gradient: gradient,
+) -> tuple[list[Tensor], int]:
+    """The sum of ``turned(gradient)`` for each parameter over ``batches``, in float32, and the number of batches.
+
+    Dropout is off; no parameter changes, and the model is left as it was.
+    """
     scores = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters]
     modes = {module: module.training for module in model.modules()}
     wanted = [parameter.requires_grad for parameter in parameters]
@@ -140,20 +206,23 @@ def squared_gradients(
         model.eval()
         for parameter in parameters:
             parameter.requires_grad_(True)
-        for example in islice(run.one_by_one, samples):
-            gradients = torch.autograd.grad(run.loss(model, example), parameters, allow_unused=True)
+        for batch in batches:
+            gradients = torch.autograd.grad(criterion(model, batch), parameters, allow_unused=True)
             for score, gradient in zip(scores, gradients, strict=True):
                 if gradient is not None:
-                    score.add_(gradient.float().square())
+                    score.add_(turned(gradient.float()))
             seen += 1
     finally:
         for parameter, wants in zip(parameters, wanted, strict=True):
             parameter.requires_grad_(wants)
         for module, training in modes.items():
             module.training = training
-    if not seen:
-        raise UserError("ranking weights needs single examples, and Run(one_by_one=...) yields none")
-    return [score / seen for score in scores], seen
+    return scores, seen
+
+
+def narrowed(index: Tensor, size: int) -> Tensor:
+    """Positions in a tensor of ``size`` entries as int32 where that is enough."""
+    return index.to(torch.int32 if size < 2**31 else torch.int64)
 
 
 def largest(scores: Tensor, count: int) -> Tensor:
@@ -164,15 +233,3 @@ def largest(scores: Tensor, count: int) -> Tensor:
     above = (scores > threshold).nonzero().flatten()
     equal = (scores == threshold).nonzero().flatten()[: count - len(above)]
     return torch.cat([above, equal]).sort().values
-
-
-def backbone(anatomy: Any, places: list[Any]) -> list[Any]:
-    """The places without the output head's own; a head that is tied to an embedding moves with it."""
-    own = {f"{place.path}." for place in places if place.role != "head"}
-    tied = {
-        name.rpartition(".")[0]
-        for group in anatomy.tied
-        if any(name.rpartition(".")[0] + "." in own for name in group)
-        for name in group
-    }
-    return [place for place in places if place.part is None and (place.role != "head" or place.path in tied)]
