@@ -11,6 +11,8 @@ from conformance import difference, disturb
 from torch import nn
 
 import deltaworks as dw
+from deltaworks.core.board import Board, Tap
+from deltaworks.core.wrapping import unwrap, wrap
 
 
 def llama() -> tuple[nn.Module, dict[str, torch.Tensor]]:
@@ -228,3 +230,27 @@ def test_alpha_follows_the_rank_however_options_are_given() -> None:
         assert config.options()["alpha"] == 2
         assert str(config) == "lora[rank=2]"
     assert str(dw.configure("lora", rank=2, alpha=8)) == "lora[rank=2, alpha=8.0]"
+
+
+def test_a_watched_sequential_runs_its_own_children_alone() -> None:
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU()), torch.randn(2, 3)
+    children, expected = list(model), model(x)
+    wrap(model, Board())
+    assert torch.equal(model(x), expected)
+    assert (len(model), list(model), model[-1]) == (2, children, children[1])
+    unwrap(model)
+    assert (type(model), list(model)) == (nn.Sequential, children)
+
+
+def test_a_watched_call_is_noted_where_gradients_are() -> None:
+    model, inputs = llama()
+    board, tap = Board(), Tap("call", graded=True)
+    wrap(model, board)
+    model._taps.append(tap)
+    with torch.no_grad():
+        model(**inputs)
+    assert tap.value is None
+    found = model(**inputs)
+    arguments, keywords, noted = tap.value
+    assert (arguments, keywords.keys()) == ((), inputs.keys())
+    assert noted is found

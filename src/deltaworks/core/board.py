@@ -19,7 +19,8 @@ class Tap:
     """A value seen inside one module and needed in another one, within one forward pass."""
 
     def __init__(self, side: str, graded: bool = False) -> None:
-        self.side = side  # "input", "output", or "mask" (the token mask of a trunk)
+        # "input", "output", "mask" (the token mask of a trunk), or "call": (arguments, keywords, output) as they were
+        self.side = side
         self.graded = graded  # only while gradients are recorded
         self.value: Any = None
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +14,16 @@ from torch import Tensor, nn
 from deltaworks.core import merging
 from deltaworks.core.anatomy import Anatomy, anatomy
 from deltaworks.core.board import Board, Tap, board_of
+from deltaworks.core.building import Attached, Builder
 from deltaworks.core.errors import UserError
-from deltaworks.core.forms import Replacement, Tuner
+from deltaworks.core.forms import Tuner
 from deltaworks.core.places import Place, sees_whole_batch
 from deltaworks.core.procedure import Procedure, Procedures
-from deltaworks.core.registry import Config, OnTop, configure
+from deltaworks.core.registry import Config, configure
 from deltaworks.core.report import Report, report
-from deltaworks.core.sites import Site, is_causal
-from deltaworks.core.weights import WEIGHT_KINDS, base_tensors, effective, to_matrix
+from deltaworks.core.sites import is_causal
+from deltaworks.core.weights import base_tensors, effective, to_matrix
 from deltaworks.core.wrapping import unwrap, wrap
-
-
-@dataclass
-class Attached:
-    """One tuner at its place: ``key`` names it in files, ``member`` is its method's position in a composition."""
-
-    key: str
-    member: int
-    place: Place
-    tuner: Tuner
 
 
 def attach(
@@ -76,9 +65,10 @@ class Delta:
         self.merged = False
         self.resting: list[nn.Parameter] = []  # trained parameters that get no gradient for a while
         self.anatomy: Anatomy = next(iter(board.deltas.values())).anatomy if board.deltas else anatomy(model)
-        self._taps: list[tuple[nn.Module, Tap]] = []
         self._before: merging.Values = {}
-        self.attached: list[Attached] = self._build()
+        builder = Builder(model, self.anatomy, self.members, seed)
+        self.attached: list[Attached] = builder.build(also)
+        self._taps: list[tuple[nn.Module, Tap]] = builder.taps
         members = [member.procedure(self) for member in self.members]
         present = [member for member in members if member is not None]
         self.procedure: Procedure = present[0] if len(present) == 1 else Procedures(self, present)
@@ -88,51 +78,6 @@ class Delta:
         tap = Tap(side, graded)
         self._taps.append((self.model.get_submodule(path), tap))
         return tap
-
-    def _build(self) -> list[Attached]:
-        attached: list[Attached] = []
-        shared: dict[Hashable, Any] = {}
-        for member, config in enumerate(self.members):
-            for key, sentence in config.limits.items():
-                family = type(getattr(self.model, "config", None)).__name__.removesuffix("Config").lower()
-                if key == f"family:{family}":
-                    raise UserError(f"{config.name} does not work on {type(self.model).__name__}: {sentence}")
-            made = [self._make(config.tuner, member, place, shared, config) for place in config.places(self.anatomy)]
-            if not any(made) and config.kinds:  # a method without kinds acts on the others' tuners
-                mend = config.limits.get("nothing", "give targets")
-                raise UserError(f"{config} has nothing to tune in {type(self.model).__name__}: {mend}")
-            attached += [item for item in made if item is not None]
-        if all(isinstance(config, OnTop) for config in self.members):
-            raise UserError(f"{self.config} stands on no method: write it behind one, as in 'lora+{self.config}'")
-        replaced = {item.place.path for item in attached if isinstance(item.tuner, Replacement)}
-        for place in self.anatomy.select(self.also, WEIGHT_KINDS) if self.also else []:
-            if place.part is None and place.path not in replaced:
-                item = self._make(Replacement, len(self.members), place, shared, None)
-                assert item is not None
-                item.key += "<also>" * any(item.key == other.key for other in attached)
-                attached.append(item)
-        return attached
-
-    def _make(self, make: Any, member: int, place: Place, shared: dict[Hashable, Any], config: Any) -> Attached | None:
-        site = Site(place, self.model, self.anatomy, self.seed, shared)
-        site.member = member
-        if place.kind == "trunk" and "inputs_embeds" not in inspect.signature(site.module.forward).parameters:
-            raise UserError(
-                f"{place.path!r} of {type(self.model).__name__} makes its embeddings itself, so no virtual tokens can "
-                "stand before them: give other targets or another method"
-            )
-        tuner: Tuner | None = make(site)
-        if tuner is None:
-            return None
-        tuner.place, tuner.config = place, config
-        tuner.train(self.model.training)
-        self._taps += site.taps
-        key = place.path or "(model)"
-        if place.part is not None:
-            key += f"[{place.role}]"
-        if sum(bool(other.kinds) for other in self.members) > 1 and member < len(self.members):
-            key += f"<{member}>"
-        return Attached(key, member, place, tuner)
 
     def _install(self) -> None:
         board, model = self.board, self.model
@@ -398,4 +343,4 @@ def _alike(module: Any) -> bool:
 
 def _signature(tuner: Tuner) -> tuple[Any, ...]:
     shapes = [(name, tensor.shape) for name, tensor in (*tuner.named_parameters(), *tuner.named_buffers())]
-    return (type(tuner), tuner.place, str(tuner.config), shapes)
+    return (type(tuner), tuner.place, str(tuner.config), shapes, tuner.constants())

@@ -163,6 +163,10 @@ class Tuner(nn.Module):
         """The new output. ``base`` is the operation as it was."""
         raise NotImplementedError
 
+    def constants(self) -> tuple[Any, ...]:
+        """Numbers that a compiled graph takes as fixed: adapters that differ in them cannot share one."""
+        return ()
+
     def forward(self, form: str, *arguments: Any) -> Any:
         """One of the forms by name; exists so that ``torch.func.functional_call`` can reach them."""
         return getattr(self, form)(*arguments)

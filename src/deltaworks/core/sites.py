@@ -155,7 +155,7 @@ class Site:
         return nn.Parameter(fill(torch.empty(shape)).to(self.device))
 
     def watch(self, path: str, side: str) -> Tap:
-        """The "input", "output" or token "mask" of another module, as it passes in each forward."""
+        """The "input", "output", token "mask" or whole "call" of another module, as it passes in each forward."""
         tap = Tap(side)
         self.taps.append((self.model.get_submodule(path), tap))
         return tap

@@ -78,6 +78,8 @@ def forward_wrapped(module: Any, run: Callable[..., Any], args: tuple[Any, ...],
     for tap in taps:
         if tap.side == "output":
             tap.value = output[0] if isinstance(output, tuple) else output
+        elif tap.side == "call":
+            tap.value = (args, kwargs, output)
     entry = module.__dict__.get("_entry_tap")
     if entry is not None:
         entry.value = None
@@ -106,6 +108,9 @@ def wrapped_class(cls: Any, names: tuple[str, ...], attends: bool) -> type[nn.Mo
     namespace: dict[str, Any] = {name: shown(name) for name in names}
     namespace["__reduce_ex__"] = lambda self, _: (_restored, (cls, names, attends), self.__dict__)
     namespace |= {"forward": forward, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    if issubclass(cls, nn.Sequential):  # which runs all that it holds, but not its tuners
+        namespace["__iter__"] = lambda self: iter([held for name, held in self._modules.items() if name != "deltas"])
+        namespace["__len__"] = lambda self: len(self._modules) - 1
     if attends:
         namespace["config"] = property(
             lambda self: self.__dict__["config"] if self.__dict__.get("_attending") is None else self._config_view

@@ -53,7 +53,7 @@ def key_of(recipe: Recipe, config: Config, data: Data, base: str, steps: int) ->
 
 def targets_of(config: Config) -> str:
     """What the method stands around, in the words of its configuration."""
-    return " + ".join(dict.fromkeys(part.targets for part in config.parts()))
+    return " + ".join(dict.fromkeys(part.targets for part in config.parts() if part.targets))
 
 
 def dtypes_of(recipe: Recipe) -> dict[str, str]:

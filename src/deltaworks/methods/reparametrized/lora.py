@@ -12,6 +12,7 @@ Departure: the published PiSSA overwrites the base weight; here it is the rank-2
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,10 +25,22 @@ from deltaworks.core.registry import Config, method, option
 from deltaworks.core.sites import Site
 
 
+@dataclass(kw_only=True)
+class LowRank(Config):
+    """The options of every method whose change is ``s B A``."""
+
+    targets: str = option("linear", "the paper: attention.q,attention.v; all linears are better at equal budget")
+    rank: int = option(8, "rank r of the change", least=1)
+    alpha: float | None = option(None, "scale: s = alpha / rank; default: the rank, so s = 1", least=0)
+    dropout: float = option(0.0, "dropout on the input of A", least=0, most=0.99)
+    rslora: bool = option(False, "s = alpha / sqrt(rank), for ranks of 32 and more")
+    ratio: float = option(1.0, "learning rate of B over that of A (LoRA+: 16)", least=0)
+
+
 class LoRATuner(Tuner):
     """The change ``s B A``."""
 
-    def __init__(self, site: Site, config: "LoRA") -> None:
+    def __init__(self, site: Site, config: LowRank) -> None:
         super().__init__()
         site.check_rank(config.rank)
         out, inner = site.shape
@@ -35,7 +48,7 @@ class LoRATuner(Tuner):
             self.A, self.B = site.zeros(config.rank, inner), site.normal(out, config.rank)
         else:
             self.A, self.B = site.kaiming(config.rank, inner), site.zeros(out, config.rank)
-        self.scale = config.alpha / config.rank ** (0.5 if config.rslora else 1.0)
+        self.scale = config.alpha / config.rank ** (0.5 if config.rslora else 1.0)  # type: ignore[operator]
         self.dropout = config.dropout
         self.rates = {"B": config.ratio}
 
@@ -49,8 +62,10 @@ class PiSSATuner(LoRATuner):
     A0: Tensor
     B0: Tensor
 
-    def __init__(self, site: Site, config: "LoRA") -> None:
+    def __init__(self, site: Site, config: LowRank) -> None:
         super().__init__(site, config)
+        if not self.scale:
+            raise UserError(f"{config.name}: the start divides by the scale, so alpha must be above 0")
         if site.device.type != "meta":
             U, S, V = torch.linalg.svd(site.matrix.detach().float(), full_matrices=False)
             root = (S[: config.rank] / self.scale).sqrt()
@@ -71,7 +86,7 @@ class DoRATuner(LoRATuner):
     # not low-rank, so form 2: the product is one part of the new weight
     factors = Tuner.factors
 
-    def __init__(self, site: Site, config: "LoRA") -> None:
+    def __init__(self, site: Site, config: LowRank) -> None:
         super().__init__(site, config)
         norm = torch.linalg.vector_norm(site.matrix.detach(), dim=1, dtype=torch.float32)
         self.magnitude = nn.Parameter(norm.clone())
@@ -113,23 +128,15 @@ class LinearDoRATuner(DoRATuner):
     kinds=("linear", "conv1d", "conv2d", "embedding"),
     learning_rate=1e-3,
 )
-class LoRA(Config):
-    targets: str = option("linear", "the paper: attention.q,attention.v; all linears are better at equal budget")
-    rank: int = option(8, "rank r of the change", least=1)
-    alpha: float | None = option(None, "scale: s = alpha / rank; default: the rank, so s = 1", least=0)
-    dropout: float = option(0.0, "dropout on the input of A", least=0, most=0.99)
-    rslora: bool = option(False, "s = alpha / sqrt(rank), for ranks of 32 and more")
+class LoRA(LowRank):
     dora: bool = option(False, "train magnitude and direction of the rows apart (DoRA)")
     pissa: bool = option(False, "start from the principal singular vectors of the weight (PiSSA)")
-    ratio: float = option(1.0, "learning rate of B over that of A (LoRA+: 16)", least=0)
 
     def tuner(self, site: Site) -> Tuner:
         linear = site.place.kind in ("linear", "conv1d")
         if self.dora and (self.pissa or (self.dropout and not linear)):
             other = "pissa" if self.pissa else f"dropout at {site.place.path!r}, which is no linear layer"
             raise UserError(f"lora: dora does not go with {other}: choose one of them")
-        if self.pissa and not self.alpha:
-            raise UserError("lora: pissa divides by the scale, so alpha must be above 0")
         if self.dora:
             return (LinearDoRATuner if linear else DoRATuner)(site, self)
         return (PiSSATuner if self.pissa else LoRATuner)(site, self)

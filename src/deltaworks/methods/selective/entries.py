@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from deltaworks.core.anatomy import backbone as backbone
-from deltaworks.core.delta import Attached, Delta
+from deltaworks.core.building import Attached
+from deltaworks.core.delta import Delta
 from deltaworks.core.errors import UserError
 from deltaworks.core.forms import Tuner
 from deltaworks.core.procedure import Procedure, Run
@@ -93,8 +94,9 @@ class Choosing(Procedure):
 
     def restart(self, parameters: Iterable[nn.Parameter]) -> None:
         """Let the optimizer's state of these parameters start again from zero."""
-        for parameter in parameters if self.optimizer is not None else ():
-            self.optimizer.state.pop(parameter, None)
+        if self.optimizer is not None:
+            for parameter in parameters:
+                self.optimizer.state.pop(parameter, None)
 
     def tuners(self) -> list[Any]:
         return [tuner for tuner in self.delta.tuners() if tuner.config is self.config]
