@@ -45,6 +45,7 @@ class Config:
     kinds: ClassVar[tuple[str, ...]] = ()
     identity: ClassVar[bool] = True
     learning_rate: ClassVar[float] = 1e-3
+    tried: ClassVar[tuple[float, ...]] = ()
     limits: ClassVar[Mapping[str, str]] = {}
     small: ClassVar[Mapping[str, Any]] = {}
     tuner_class: ClassVar[type[Tuner] | None] = None
@@ -141,6 +142,7 @@ def method(
     tuner: type[Tuner] | None = None,
     identity: bool = True,
     learning_rate: float = 1e-3,
+    tried: Collection[float] = (),
     limits: Mapping[str, str] | None = None,
     small: Mapping[str, Any] | None = None,
 ) -> Callable[[ConfigClass], ConfigClass]:
@@ -148,15 +150,16 @@ def method(
 
     ``family`` is its place in the taxonomy ("reparametrized/low-rank"); ``paper`` author, year and arXiv number;
     ``kinds`` the kinds of places it can stand around; ``identity`` whether the model's output is unchanged at
-    step 0; ``learning_rate`` a default found by running; ``limits`` what it cannot do ("merge", "rows",
-    "generate", "compile", "checkpointing", "bfloat16", "family:NAME" or "nothing" to tune), each with the sentence
-    that its error says; ``small`` options that suit a model of width 32, where the defaults do not.
+    step 0; ``learning_rate`` a default found by running, among the rates ``tried``; ``limits`` what it cannot do
+    ("merge", "rows", "generate", "compile", "checkpointing", "bfloat16", "family:NAME" or "nothing" to tune), each
+    with the sentence that its error says; ``small`` options that suit a model of width 32, where the defaults do not.
     """
 
     def register(config: ConfigClass) -> ConfigClass:
         config = dataclass(kw_only=True)(config)  # type: ignore[assignment]
         config.name, config.family, config.paper = name, family, paper
-        config.kinds, config.identity, config.learning_rate = tuple(kinds), identity, learning_rate
+        config.kinds, config.identity = tuple(kinds), identity
+        config.learning_rate, config.tried = learning_rate, tuple(tried)
         config.limits, config.small, config.tuner_class = dict(limits or {}), dict(small or {}), tuner
         if name in _registry and _registry[name].__module__ != config.__module__:
             raise ValueError(f"two methods are called {name!r}")

@@ -42,6 +42,7 @@ class Recipe(BaseModel):
         None, description="learning rates to try; default: factors of the method's own"
     )
     factors: list[Positive] = Field([1.0], min_length=1, description="multiples of the method's own rate to try")
+    tried: bool = Field(False, description="try the rates that the method's own was chosen from")
     head_rate: Positive | None = Field(None, description="rate of a fresh head; default: that of the method")
     weight_decay: float = Field(0.0, ge=0)
     warmup: float = Field(0.06, ge=0, lt=1, description="fraction of the steps in which the rate rises")
@@ -95,9 +96,11 @@ class Recipe(BaseModel):
         """The learning rates of the search, ascending."""
         if self.rates is not None:
             return sorted(set(self.rates))
-        parts = config.parts()
+        slowest = min(config.parts(), key=lambda part: part.learning_rate)
+        if self.tried:
+            return sorted({slowest.learning_rate, *slowest.tried})
         # what trains the head alone is held to the rate that every other method trains it with
-        own = min(self.head_rate if self.head_rate and part.targets == "head" else part.learning_rate for part in parts)
+        own = self.head_rate if self.head_rate and slowest.targets == "head" else slowest.learning_rate
         return sorted({own * factor for factor in self.factors})
 
 

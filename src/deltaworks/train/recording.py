@@ -16,8 +16,7 @@ from deltaworks.train.recipe import Recipe
 
 RANK_BUDGET = 5e9  # sum of out x in x min(out, in) over the changed weights: a few seconds on one core
 SCHEDULE = (
-    "epochs", "rates", "factors", "head_rate", "weight_decay", "warmup", "clip", "max_length", "group_by_length",
-    "gradient_checkpointing",
+    "epochs", "head_rate", "weight_decay", "warmup", "clip", "max_length", "group_by_length", "gradient_checkpointing",
 )  # fmt: skip
 """Fields of a recipe that decide a result and have no field of their own in a record."""
 
@@ -31,7 +30,7 @@ def settings_of(recipe: Recipe, config: Config) -> dict[str, Any]:
         options = {
             f"{member['method']}.{key}": value for member in members for key, value in member.items() if key != "method"
         }
-    return {**options, "schedule": recipe.model_dump(include=set(SCHEDULE))}
+    return {**options, "schedule": {"rates": recipe.tried_rates(config), **recipe.model_dump(include=set(SCHEDULE))}}
 
 
 def key_of(recipe: Recipe, config: Config, data: Data, base: str, steps: int) -> str:
