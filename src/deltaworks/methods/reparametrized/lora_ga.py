@@ -1,0 +1,138 @@
+"""LoRA-GA: LoRA that starts along the gradient of full fine-tuning.
+
+Paper: LoRA-GA: Low-Rank Adaptation with Gradient Approximation, Wang et al., 2024, arXiv:2407.05000 (NeurIPS).
+
+Formula: W' = W + s (B A - B0 A0), A [r, in], B [out, r]. With G = U S V^T the gradient of the weight, averaged over
+a few batches before the first step, A0 = c V_{1..r}^T and B0 = c U_{r+1..2r}, c = out^(1/4) / sqrt(gamma).
+Count: r (in + out) for each weight; stored are twice as many values, since A0 and B0 cannot be made again.
+Departure: the published code writes W - s B0 A0 over the base; here the base stays, and A0, B0 are kept beside A and B.
+"""
+
+from collections.abc import Mapping
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltaworks.core.errors import UserError
+from deltaworks.core.forms import Factors
+from deltaworks.core.procedure import Procedure, Run
+from deltaworks.core.registry import method, option
+from deltaworks.core.sites import Site, stable_hash
+from deltaworks.core.weights import part_of, to_matrix
+from deltaworks.methods.reparametrized.lora import LoRATuner, LowRank
+from deltaworks.methods.selective.entries import gathered_gradients
+
+
+class LoRAGATuner(LoRATuner):
+    """LoRA's A and B, and what they started from: ``A0`` [r, in] and ``B0`` [out, r], None before the gradient."""
+
+    A0: Tensor | None
+    B0: Tensor | None
+
+    def __init__(self, site: Site, config: "LoRAGA") -> None:
+        super().__init__(site, config)
+        if 2 * config.rank > min(site.shape):
+            raise UserError(
+                f"lora-ga takes {2 * config.rank} singular vectors for rank {config.rank}, and {site.place.path!r} "
+                f"({site.shape[0]} x {site.shape[1]}) has {min(site.shape)}: use a smaller rank, or other targets"
+            )
+        self.register_buffer("A0", None)
+        self.register_buffer("B0", None)
+
+    def factors(self) -> Factors:
+        if self.A0 is None or self.B0 is None:
+            return Factors(self.A, self.B, self.scale)
+        return Factors(torch.cat([self.A, self.A0]), torch.cat([self.B, -self.B0], dim=1), self.scale)
+
+    @torch.no_grad()
+    def start(self, gradient: Tensor, directions: str, gamma: float) -> float:
+        """Point A and B along ``gradient`` [out, in]; returns the share of its squared norm in their directions."""
+        rank = len(self.A)
+        U, S, V = torch.svd_lowrank(gradient, q=min(4 * rank, *gradient.shape), niter=4)  # V [in, q]
+        first, second = slice(rank), slice(rank, 2 * rank)
+        turns = slice(1, 2 * rank, 2), slice(0, 2 * rank, 2)
+        a, b = {"ArB2r": (first, second), "A2rBr": (second, first), "ArBr": turns}[directions]
+        size = len(gradient) ** 0.25 / gamma**0.5
+        self.A.copy_(size * V[:, a].T)
+        self.B.copy_(size * U[:, b])
+        self.A0, self.B0 = self.A.detach().clone(), self.B.detach().clone()
+        return float(S[: 2 * rank].square().sum() / gradient.square().sum().clamp(min=1e-30))
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        if {"A0", "B0"} <= tensors.keys():
+            self.A0, self.B0 = torch.empty_like(self.A), torch.empty_like(self.B)
+        super().restore(tensors)
+
+
+class GradientStart(Procedure):
+    """The gradient of every tuned weight, before the first step."""
+
+    def __init__(self, delta: Any, config: "LoRAGA") -> None:
+        super().__init__(delta)
+        self.config = config
+        self.items = [item for item in delta.attached if item.tuner.config is config]
+        self.shares: dict[str, float] = {}
+
+    @property
+    def started(self) -> bool:
+        return all(item.tuner.A0 is not None for item in self.items)
+
+    def begin(self, run: Run) -> None:
+        if self.started:
+            return  # loaded with its start
+        weights: list[Any] = [self.delta.model.get_submodule(i.place.path)._parameters["weight"] for i in self.items]
+        gradients = mean_gradients(self.delta.model, weights, run, self.config.batches)
+        with torch.random.fork_rng():
+            torch.manual_seed(stable_hash(f"{self.delta.seed}/lora-ga"))
+            for item, gradient in zip(self.items, gradients, strict=True):
+                matrix = part_of(item.place, to_matrix(item.place.kind, gradient))
+                self.shares[item.key] = item.tuner.start(matrix, self.config.directions, self.config.gamma)
+        self.delta.reshaped()
+
+    def loss(self, loss: Tensor) -> Tensor:
+        if not self.started:
+            raise UserError("lora-ga has no gradient to start from: call procedure.begin(run) before the first step")
+        return loss
+
+    def state(self) -> dict[str, Any]:
+        return {"shares": self.shares}
+
+    def resume(self, state: dict[str, Any]) -> None:
+        self.shares = dict(state["shares"])
+
+    def details(self) -> dict[str, Any]:
+        return {"lora_ga_gradient_shares": self.shares}
+
+
+def mean_gradients(model: nn.Module, weights: list[nn.Parameter], run: Run, batches: int) -> list[Tensor]:
+    """The mean gradient of each weight over at most ``batches`` batches, float32, with dropout off."""
+    if odd := next((weight.dtype for weight in weights if not weight.is_floating_point()), None):
+        raise UserError(f"lora-ga needs the gradient of every weight, and weights in {odd} have none")
+    unique = {id(weight): weight for weight in weights}  # parts of a fused projection share theirs
+    sums, seen = [], 0
+    if run.loss is not None:
+        sums, seen = gathered_gradients(model, list(unique.values()), run.loss, islice(run.batches, batches))
+    if not seen:
+        raise UserError("lora-ga needs Run(loss=..., batches=...) in procedure.begin: it starts from the gradient")
+    found = dict(zip(unique, sums, strict=True))
+    return [found[id(weight)] / seen for weight in weights]
+
+
+@method(
+    "lora-ga",
+    family="reparametrized/low-rank",
+    paper="Wang et al., 2024, arXiv:2407.05000",
+    kinds=("linear", "conv1d", "conv2d"),
+    tuner=LoRAGATuner,
+    learning_rate=1e-4,
+    small={"rank": 4},
+)
+class LoRAGA(LowRank):
+    directions: str = option("ArB2r", "which singular vectors A and B take", choices=("ArB2r", "A2rBr", "ArBr"))
+    gamma: float = option(16.0, "the larger, the smaller A and B start", least=1e-6)
+    batches: int = option(8, "batches whose gradients are averaged", least=1)
+
+    def procedure(self, delta: Any) -> Procedure:
+        return GradientStart(delta, self)
