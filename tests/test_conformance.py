@@ -20,6 +20,7 @@ from conformance import (
     difference,
     disturb,
     frozen_output,
+    parametrize,
     refusal,
     supported,
     tuned,
@@ -29,8 +30,7 @@ from torch import Tensor, nn
 import deltaworks as dw
 
 PAIRS = supported()
-IDS = [f"{method}-{family}" for method, family in PAIRS]
-every_pair = pytest.mark.parametrize(("method", "family"), PAIRS, ids=IDS)
+every_pair = parametrize(PAIRS)
 every_method = pytest.mark.parametrize("method", METHODS)
 
 
@@ -270,7 +270,7 @@ def test_loads_in_a_fresh_process(tmp_path: Path) -> None:
     assert not wrong
 
 
-@pytest.mark.parametrize(("method", "family"), [pair for pair in PAIRS if pair[1] not in zoo.UNTOLD])
+@parametrize([pair for pair in PAIRS if pair[1] not in zoo.UNTOLD])
 def test_gradient_checkpointing_gives_the_same_gradients(method: str, family: str) -> None:
     gradients = []
     for checkpointing in (False, True):
@@ -348,11 +348,7 @@ def test_compiles_as_one_graph_and_switching_does_not_compile_again(method: str,
 GENERATING = ("llama", "mistral", "qwen2", "gpt2", "t5", "bart")
 
 
-@pytest.mark.parametrize(
-    ("method", "family"),
-    [pair for pair in PAIRS if pair[1] in GENERATING],
-    ids=[name for name, pair in zip(IDS, PAIRS, strict=True) if pair[1] in GENERATING],
-)
+@parametrize([pair for pair in PAIRS if pair[1] in GENERATING])
 def test_generation_with_a_cache_equals_generation_without(method: str, family: str) -> None:
     model, inputs, _ = tuned(method, family)
     inputs = {key: inputs[key] for key in ("input_ids", "attention_mask")}
@@ -373,7 +369,7 @@ def test_generation_with_a_cache_equals_generation_without(method: str, family: 
         assert difference(a[keep], b[keep]) < 1e-4
 
 
-@pytest.mark.parametrize(("method", "family"), [pair for pair in PAIRS if pair[1] != "clip"])
+@parametrize([pair for pair in PAIRS if pair[1] != "clip"])
 def test_one_adapter_for_each_row(method: str, family: str) -> None:
     """Not for CLIP, whose output compares all rows of a batch with each other."""
     model, inputs, delta = tuned(method, family)
