@@ -22,7 +22,6 @@ from deltaworks.core.registry import method, option
 from deltaworks.core.sites import Site, stable_hash
 from deltaworks.core.weights import part_of, to_matrix
 from deltaworks.methods.reparametrized.lora import LoRATuner, LowRank
-from deltaworks.methods.selective.entries import gathered_gradients
 
 
 class LoRAGATuner(LoRATuner):
@@ -110,14 +109,27 @@ def mean_gradients(model: nn.Module, weights: list[nn.Parameter], run: Run, batc
     """The mean gradient of each weight over at most ``batches`` batches, float32, with dropout off."""
     if odd := next((weight.dtype for weight in weights if not weight.is_floating_point()), None):
         raise UserError(f"lora-ga needs the gradient of every weight, and weights in {odd} have none")
-    unique = {id(weight): weight for weight in weights}  # parts of a fused projection share theirs
-    sums, seen = [], 0
-    if run.loss is not None:
-        sums, seen = gathered_gradients(model, list(unique.values()), run.loss, islice(run.batches, batches))
+    unique = list({id(weight): weight for weight in weights}.values())  # parts of a fused projection share theirs
+    sums = {id(weight): torch.zeros_like(weight, dtype=torch.float32) for weight in unique}
+    training, seen = [module for module in model.modules() if module.training], 0
+    try:
+        model.eval()
+        for weight in unique:
+            weight.requires_grad_(True)
+        for batch in islice(run.batches, batches if run.loss else 0):
+            gradients = torch.autograd.grad(run.loss(model, batch), unique, allow_unused=True)  # type: ignore[misc]
+            for weight, gradient in zip(unique, gradients, strict=True):
+                if gradient is not None:
+                    sums[id(weight)].add_(gradient.float())
+            seen += 1
+    finally:
+        for weight in unique:
+            weight.requires_grad_(False)
+        for module in training:
+            module.training = True
     if not seen:
         raise UserError("lora-ga needs Run(loss=..., batches=...) in procedure.begin: it starts from the gradient")
-    found = dict(zip(unique, sums, strict=True))
-    return [found[id(weight)] / seen for weight in weights]
+    return [sums[id(weight)] / seen for weight in weights]
 
 
 @method(
