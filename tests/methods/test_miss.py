@@ -210,3 +210,8 @@ def test_refusals(spec: str, sentence: str) -> None:
 )
 def test_counts_on_llama_2_7b(spec: str, expected: int) -> None:
     assert dw.attach(zoo.real("llama-7b"), spec).report().trainable == expected
+
+
+def test_count_with_grouped_keys_and_values() -> None:
+    """The blocks of Mistral-7B, r = 64: 32 * 64 * (2 * 4096 + 2 * 1024 + 2 * 14336 + 4096); the paper prints 87.0 M."""
+    assert dw.attach(zoo.real("llama3-8b"), "miss").report().trainable == 88_080_384

@@ -84,6 +84,11 @@ def test_the_pair_is_neither_trained_nor_stored_and_comes_back_from_the_seed(tmp
     assert other is not made
 
 
+def test_count_of_one_layer() -> None:
+    """out + r, whatever the inputs: 48 + 256."""
+    assert dw.attach(nn.Sequential(nn.Linear(32, 48)), "vera", targets="0").report().trainable == 304
+
+
 def test_moving_the_model_keeps_one_pair() -> None:
     made, _, (first, second) = attached("vera[rank=6]")
     made.to(torch.float64)
