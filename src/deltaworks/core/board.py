@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from deltaworks.core.errors import UserError, nearest
 
 if TYPE_CHECKING:
+    from deltaworks.core.cutting import Cut
     from deltaworks.core.delta import Delta
 
 
@@ -30,7 +31,8 @@ class Tap:
 
 
 class Board:
-    """The adapters of one model and which of them act. Switching changes this object and nothing else.
+    """The adapters of one model and which of them act. Switching changes this object and, for an adapter that cuts
+    its base, the size of the base's weights.
 
     ``index`` holds the position of the acting adapter among ``deltas`` as a tensor, so that a compiled graph
     reads it as data; ``rows`` maps the rows of a batch to positions in ``row_names`` (-1: none).
@@ -45,14 +47,45 @@ class Board:
         self.rows: Tensor | None = None
         self.row_names: tuple[str, ...] = ()
         self.frozen: dict[str, bool] = {}  # requires_grad of the base before the first attach
+        self.cut: Cut | None = None  # what the base lacks now
 
     def show(self, names: Iterable[str]) -> None:
         """Make exactly these adapters act (merged ones are in the weights already)."""
-        self.wanted = tuple(names)
+        self.wanted = self.fit(names)
         self.active = tuple(name for name in self.wanted if not self.deltas[name].merged)
         self.single = len(self.active) == 1
         if self.single:
             self.index.fill_(list(self.deltas).index(self.active[0]))
+
+    def fit(self, names: Iterable[str]) -> tuple[str, ...]:
+        """Cut the base as these adapters (and merged ones) need it, and return their names. Raises UserError."""
+        names = tuple(names)
+        there = [delta for name, delta in self.deltas.items() if name in names or delta.merged]
+        cutting = next((delta for delta in there if delta.cut is not None), None)
+        if cutting is not None and len(there) > 1:
+            raise UserError(
+                f"adapter {cutting.name!r} ({cutting.config}) has cut the base to its own size, so no other one can "
+                "act beside it: switch to one of them"
+            )
+        self._swap(None if cutting is None else cutting.cut)
+        return names
+
+    def _swap(self, cut: Cut | None) -> None:
+        if cut is not self.cut:
+            if self.cut is not None:
+                self.cut.undo()
+            if cut is not None:
+                cut.apply()
+            self.cut = cut
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """The base with all that adapters have cut away; afterwards it is as those that act need it."""
+        self._swap(None)
+        try:
+            yield
+        finally:
+            self.fit(self.wanted)
 
     def check(self, names: Sequence[str | None]) -> None:
         for name in names:
@@ -113,6 +146,7 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
             raise UserError(f"adapter {name!r} is merged into the weights: unmerge it before mixing rows")
         if limit := delta.limit("rows"):
             raise UserError(f"adapter {name!r} cannot be one row of a mixed batch: {limit}")
+    board.fit(used)
     before = board.rows, board.row_names
     board.row_names = used
     board.rows = torch.tensor([used.index(name) if name is not None else -1 for name in names])
@@ -120,3 +154,4 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
         yield
     finally:
         board.rows, board.row_names = before
+        board.fit(board.wanted)

@@ -15,6 +15,7 @@ from deltaworks.core import merging
 from deltaworks.core.anatomy import Anatomy, anatomy
 from deltaworks.core.board import Board, Tap, board_of
 from deltaworks.core.building import Attached, Builder
+from deltaworks.core.cutting import Cut, cut_tensors, shrink_as
 from deltaworks.core.errors import UserError
 from deltaworks.core.forms import Tuner
 from deltaworks.core.places import Place, sees_whole_batch
@@ -51,7 +52,8 @@ def attach(
     if any(delta.merged for delta in board.deltas.values()):
         raise UserError("an adapter is merged into the weights: unmerge it before attaching another one")
     also = [also] if isinstance(also, str) else list(also)
-    delta = Delta(model, name, config, also, seed, board)
+    with board.whole():
+        delta = Delta(model, name, config, also, seed, board)
     delta._install()
     return delta
 
@@ -66,8 +68,11 @@ class Delta:
         self.resting: list[nn.Parameter] = []  # trained parameters that get no gradient for a while
         self.anatomy: Anatomy = next(iter(board.deltas.values())).anatomy if board.deltas else anatomy(model)
         self._before: merging.Values = {}
+        self.cut: Cut | None = None  # what it takes away from the base while it acts
+        self.ranks: dict[str, int] = {}  # what is left of tuners that were cut with it, by key
         builder = Builder(model, self.anatomy, self.members, seed)
         self.attached: list[Attached] = builder.build(also)
+        self.keys = [item.key for item in self.attached]  # with those that are taken off
         self._taps: list[tuple[nn.Module, Tap]] = builder.taps
         members = [member.procedure(self) for member in self.members]
         present = [member for member in members if member is not None]
@@ -157,7 +162,8 @@ class Delta:
 
     def tensors(self, *, training: bool = False) -> dict[str, Tensor]:
         """What a checkpoint holds, by name; ``training`` keeps what only further training needs."""
-        return {key: tensor for key, (tensor, canonical) in self._stored(training).items() if key == canonical}
+        own = {key: tensor for key, (tensor, canonical) in self._stored(training).items() if key == canonical}
+        return own | cut_tensors(self)
 
     def _stored(self, training: bool) -> dict[str, tuple[Tensor, str]]:
         first: dict[Hashable, str] = {}
@@ -177,6 +183,7 @@ class Delta:
 
     def restore(self, tensors: Mapping[str, Tensor], *, training: bool = False) -> None:
         """Take back what ``tensors`` gave. Raises UserError that names what is missing, left over or misshapen."""
+        tensors = shrink_as(self, tensors)
         expected = self._stored(training)
         canonical = {key for key, (_, first) in expected.items() if key == first}
         missing, extra = sorted(canonical - tensors.keys()), sorted(tensors.keys() - canonical)
@@ -252,6 +259,7 @@ class Delta:
             raise UserError(f"{self.config} cannot be merged: {limit}")
         if self.merged:
             raise UserError(f"adapter {self.name!r} is merged already")
+        self.board.fit((*self.board.wanted, self.name))
         values = merging.merged_values(self.model, self._paths(), self.name)
         merging.check_ties(self.anatomy.tied, values)
         self._before = merging.write(self.model, values, self.anatomy.tied)
@@ -260,6 +268,7 @@ class Delta:
         if not keep_base:
             self._before = {}
             self.merged = False
+            self.cut = self.board.cut = None  # a base that was cut stays so
             self.detach()
 
     def _paths(self) -> list[str]:
@@ -273,6 +282,15 @@ class Delta:
         self._before = {}
         self.merged = False
         self.board.show(self.board.wanted)
+
+    def drop(self, item: Attached) -> None:
+        """Take one tuner off for good."""
+        deltas: Any = self.model.get_submodule(item.place.path).deltas
+        left = [tuner for tuner in deltas[self.name] if tuner is not item.tuner]
+        del deltas[self.name]
+        if left:
+            deltas[self.name] = nn.ModuleList(left)
+        self.attached = [other for other in self.attached if other is not item]
 
     def detach(self) -> None:
         """Take the adapter off; the base is bit-identical to what it was, and this handle is spent."""

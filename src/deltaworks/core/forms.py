@@ -136,6 +136,8 @@ class Tuner(nn.Module):
     """Whether its change of the weight can act together with other adapters' changes."""
     strength: float = 1.0
     """How much of its change acts: less than all of it for a while (see ``layers.damped``)."""
+    observer: Callable[[Any, Tensor, Tensor], None] | None = None
+    """Who is shown its changes of the output for a while (see ``layers.observed``)."""
     dropout: float = 0.0
     """Dropout on the input of ``A`` (form 1); the engine applies it."""
 

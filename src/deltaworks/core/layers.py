@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from deltaworks.core.forms import Factors, Tuner
 from deltaworks.core.sites import stable_hash
+from deltaworks.core.weights import low_rank
 
 if TYPE_CHECKING:
     from deltaworks.core.delta import Delta
@@ -57,8 +59,22 @@ def damped(tuners: Sequence[Tuner], strength: float) -> Iterator[None]:
             tuner.strength = old
 
 
+@contextmanager
+def observed(tuners: Sequence[Tuner], see: Callable[[Tuner, Tensor, Tensor], None]) -> Iterator[None]:
+    """``see(tuner, before, change)`` of each output that these tuners change: of linear layers and of sub-layers."""
+    try:
+        for tuner in tuners:
+            tuner.observer = see
+        yield
+    finally:
+        for tuner in tuners:
+            tuner.observer = None
+
+
 def at_strength(tuner: Any) -> Any:
-    """The tuner, or where it is damped, what acts instead."""
+    """The tuner, or where it is damped or observed, what acts instead."""
+    if tuner.observer is not None:
+        return Observed(tuner)
     return tuner if tuner.strength == 1.0 else Damped(tuner)
 
 
@@ -90,3 +106,34 @@ class Damped:
 
     def around(self, base: Any, x: Any) -> Tensor:
         return self._between(base(x), self.tuner.around(base, x))
+
+
+class Observed:
+    """A tuner whose change of the output is shown to its observer: low-rank products, and what stands around."""
+
+    def __init__(self, tuner: Tuner) -> None:
+        self.tuner = tuner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tuner, name)
+
+    def gives(self, form: str) -> bool:
+        return form == "around" or self.tuner.gives(form)
+
+    def around(self, base: Any, x: Any) -> Tensor:
+        tuner, before = self.tuner, []
+
+        def shown(new: Any) -> Tensor:
+            before.append(base(new))
+            return before[-1]
+
+        if tuner.gives("around"):
+            after = tuner.around(shown, x)
+            change = after.detach() - before[-1].detach()
+        else:
+            y, dropped = shown(x), F.dropout(x, tuner.dropout, tuner.training)
+            change = low_rank(None, tuner.place, tuner.factors(), dropped).to(y.dtype)
+            after = y + change
+        assert tuner.observer is not None
+        tuner.observer(tuner, before[-1].detach(), change.detach())
+        return after

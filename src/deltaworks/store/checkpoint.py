@@ -200,11 +200,12 @@ def base_marks(model: nn.Module, delta: Delta) -> dict[str, Any]:
     """A few numbers by which a base is known: sizes, and single values of up to eight of its tensors."""
     own = {id(parameter) for each in delta.board.deltas.values() for parameter in each.parameters()}
     replaced = {f"{i.place.path}." for i in delta.attached if i.member >= len(delta.members)}
-    base = [
-        (name, parameter)
-        for name, parameter in model.named_parameters()
-        if id(parameter) not in own and ".deltas." not in name and not any(name.startswith(r) for r in replaced)
-    ]
+    with delta.board.whole():
+        base = [
+            (name, parameter)
+            for name, parameter in model.named_parameters()
+            if id(parameter) not in own and ".deltas." not in name and not any(name.startswith(r) for r in replaced)
+        ]
     chosen = base[:: max(1, len(base) // 8)][:8]
     values = {}
     for name, parameter in chosen:
