@@ -28,6 +28,7 @@ from conformance import (
 from torch import Tensor, nn
 
 import deltaworks as dw
+from deltaworks.core.cutting import Cut
 
 PAIRS = supported()
 every_pair = parametrize(PAIRS)
@@ -136,6 +137,8 @@ def naive(family: str, delta: dw.Delta) -> Tensor | None:
     """The output of a plain float64 copy of the base with W + change written in by hand."""
     plain, inputs = zoo.ZOO[family]()
     plain = plain.double()
+    if delta.cut is not None:
+        Cut(plain, list(delta.cut.units.values()), delta.cut.removed).apply()
     written: set[int] = set()
     inputs = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
     with torch.no_grad():
