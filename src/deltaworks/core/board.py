@@ -87,6 +87,15 @@ class Board:
         finally:
             self.fit(self.wanted)
 
+    @contextmanager
+    def fitted(self, names: Iterable[str]) -> Iterator[None]:
+        """The base as these adapters need it."""
+        self.fit(names)
+        try:
+            yield
+        finally:
+            self.fit(self.wanted)
+
     def check(self, names: Sequence[str | None]) -> None:
         for name in names:
             if name is not None and name not in self.deltas:
@@ -146,12 +155,11 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
             raise UserError(f"adapter {name!r} is merged into the weights: unmerge it before mixing rows")
         if limit := delta.limit("rows"):
             raise UserError(f"adapter {name!r} cannot be one row of a mixed batch: {limit}")
-    board.fit(used)
     before = board.rows, board.row_names
     board.row_names = used
     board.rows = torch.tensor([used.index(name) if name is not None else -1 for name in names])
     try:
-        yield
+        with board.fitted(used):
+            yield
     finally:
         board.rows, board.row_names = before
-        board.fit(board.wanted)

@@ -339,7 +339,8 @@ class Delta:
 
     def report(self, *, ranks: bool = False) -> Report:
         """Counts by role: trainable, changed, stored bytes and, if asked, the rank of the change."""
-        return report(self, ranks=ranks)
+        with self.board.fitted([self.name]):
+            return report(self, ranks=ranks)
 
     def save(self, folder: str | Path, *, training: bool = False) -> Path:
         """Write the adapter into ``folder`` as safetensors and JSON; a crash leaves the old or the new one."""

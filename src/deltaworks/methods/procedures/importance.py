@@ -13,7 +13,7 @@ from deltaworks.core.units import Units
 
 def penalty(masks: list[nn.Parameter], weight: float) -> Tensor:
     """lambda times the sum of all |m|."""
-    return weight * torch.stack([mask.abs().sum().cpu() for mask in masks]).sum()
+    return weight * torch.stack([mask.abs().sum().to(masks[0].device) for mask in masks]).sum()
 
 
 def above(values: Tensor, share: float) -> Tensor:
@@ -30,15 +30,15 @@ def rank_scores(tuner: Any) -> Tensor:
     """|mean(w_k * dL/dw_k)| of each rank k, [r]: summed over the two matrices."""
     pairs = [(getattr(tuner, name), dim) for name, dim in INNER.items() if name in tuner._parameters and name != "b_D"]
     means = [(w * (0 if w.grad is None else w.grad)).mean(1 - dim).abs() for w, dim in pairs]
-    return torch.stack(means).sum(0).nan_to_num(0, 0, 0).cpu()
+    return torch.stack(means).sum(0).nan_to_num(0, 0, 0)
 
 
-def module_score(before: Tensor, change: Tensor, mask: Tensor | None) -> float:
+def module_score(before: Tensor, change: Tensor, mask: Tensor | None) -> Tensor:
     """Mean over tokens that are no padding of the ratio of the norms; ``mask`` [batch, T]."""
     ratio = torch.linalg.vector_norm(change.float(), dim=-1) / torch.linalg.vector_norm(before.float(), dim=-1)
     if mask is not None and mask.shape == ratio.shape:  # with virtual tokens among them, all tokens count
         ratio = ratio[mask.to(ratio.device).bool()]
-    return float(ratio.mean().nan_to_num(0, 0, 0))
+    return ratio.mean().nan_to_num(0, 0, 0)
 
 
 @contextmanager

@@ -45,7 +45,7 @@ class LightProcedure(Procedure):
             raise UserError(f"{config} finds no low-rank products or bottlenecks below it: stand on lora or houlsby")
         trunks = {place.stack: place.path for place in delta.anatomy.places if place.kind == "trunk"}
         self.tokens = {stack: delta.watch(path, "mask", graded=True) for stack, path in trunks.items()}
-        self.seen: dict[int, tuple[float, int]] = {}  # sum of s_M and how many, by the tuner
+        self.seen: dict[int, tuple[Any, int]] = {}  # sum of s_M and how many, by the tuner
         self.ranks: dict[int, Tensor] = {}  # s_k sums
 
     def see(self, tuner: Any, before: Tensor, change: Tensor) -> None:
@@ -96,9 +96,9 @@ class LightProcedure(Procedure):
             }
         removed = {name: (~stays).nonzero().flatten() for name, stays in kept.items()}
         seen = [self.seen.get(id(item.tuner), (0.0, 1)) for item in self.modules]
-        strong = above(torch.tensor([total / count for total, count in seen]), self.config.modules)
+        strong = above(torch.tensor([float(total) / count for total, count in seen]), self.config.modules)
         stays = [item for item, keep in zip(self.modules, strong, strict=True) if keep]
-        ranks = [self.ranks[id(item.tuner)] for item in stays]
+        ranks = [self.ranks[id(item.tuner)].cpu() for item in stays]
         best = above(torch.cat(ranks), self.config.ranks).split([len(scores) for scores in ranks])
         left = {item.key: part.nonzero().flatten() for item, part in zip(stays, best, strict=True)}
         nothing = torch.empty(0, dtype=torch.long)
