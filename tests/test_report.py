@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from synthetic import a_record, some_records
 
+from deltaworks.compare.pictures import WIDTH, Picture, pictures, short_names, ticks
 from deltaworks.compare.report import family_colours, pareto_front, render, write_report
 from deltaworks.core.errors import UserError
 from deltaworks.store.records import Counts, CurvePoint, Record, Score, Validation
@@ -135,7 +136,7 @@ def test_hostile_texts_are_shown_and_never_run() -> None:
             targets=HOSTILE,
             optimizer=HOSTILE,
             config={HOSTILE: HOSTILE},
-            details={HOSTILE: [HOSTILE]},
+            details={HOSTILE: [HOSTILE], f"{HOSTILE}_": {HOSTILE: 1}, "h": {"steps": [1], "values": {HOSTILE: [1]}}},
             hardware=HOSTILE,
             versions={HOSTILE: HOSTILE},
             learning_rate_split=HOSTILE,
@@ -258,3 +259,144 @@ def test_long_curves_are_thinned_to_what_a_screen_shows() -> None:
 def test_a_finished_run_without_a_score_is_shown_as_lost() -> None:
     page = render([a_record(test=None, validation=Validation(last=None, best=None))])
     assert "no message was left" in page
+
+
+# ---- what the methods did -------------------------------------------------------------------------------
+
+
+def drawn(value: Any) -> Picture:
+    (found,) = pictures("Ranks", value)
+    return found
+
+
+def test_numbers_by_layer_are_bars_as_long_as_they_are_large() -> None:
+    found = drawn({"a.0": 2, "a.1": 8, "a.2": -4, "a.3": None})
+    assert found.about == "4 bars: -4 to 8, 6 in all"
+    two, eight, below = found.boxes
+    assert eight.width == pytest.approx(4 * two.width)
+    assert below.width == pytest.approx(2 * two.width)
+    assert below.x + below.width == pytest.approx(two.x)  # on the other side of zero
+    assert [text for _, _, anchor, text in found.texts if anchor == "end"] == [f"block {index}" for index in range(4)]
+    assert (eight.tip, below.tip) == ("a.1: 8", "a.2: -4")
+
+
+def test_many_numbers_are_a_map_of_part_by_block() -> None:
+    values = {
+        f"layers.{block}.{part}": 10 * block + at for block in range(12) for at, part in enumerate(("up", "down"))
+    }
+    found = drawn({"embed": 3} | values)
+    assert found.about == f"A map of 3 parts in 12 blocks: 0 to 111, {3 + sum(values.values()):,} in all"
+    tips = {box.tip: box for box in found.boxes}
+    assert tips["down, block 11: 111"].strength == 1.0
+    assert tips["up, block 0: 0"].strength == 0.0
+    assert tips["embed, block –: 3"].x < tips["up, block 0: 0"].x < tips["up, block 11: 110"].x
+    assert tips["up, block 5: 50"].y < tips["down, block 5: 51"].y
+
+
+def test_numbers_over_time_are_lines_while_they_are_few() -> None:
+    found = drawn({"steps": [10, 20, 40], "values": {"encoder": [4.0, 3.0, 1.0], "decoder": [None, 2.0, 2.0]}})
+    assert found.about == "2 lines over steps 10 to 40: at first 4, at last 1 to 2"
+    (encoder, _), (_, _), (decoder, dashes), _ = found.lines
+    (x0, y0), (x1, y1), (x2, y2) = [tuple(map(float, point.split(","))) for point in encoder.split()]
+    assert x2 - x1 == pytest.approx(2 * (x1 - x0), abs=0.2)
+    assert y2 - y1 == pytest.approx(2 * (y1 - y0), abs=0.2)
+    assert y0 < y1, "four is above three"
+    assert len(decoder.split()) == 2, "nothing is drawn where nothing was known"
+    assert dashes
+    assert {"encoder", "decoder", "10", "40", "step"} <= {text for *_, text in found.texts}
+
+
+def test_numbers_of_many_layers_over_time_are_a_map() -> None:
+    rows = {f"layers.{index}": [12, 12, index] for index in range(10)}
+    found = drawn({"steps": [1, 2, 3], "values": rows})
+    assert found.about == "A map of 10 rows over steps 1 to 3: at first 12, at last 0 to 9"
+    cells = {box.tip: box for box in found.boxes}
+    assert cells["layers.6, step 3: 6"].strength == pytest.approx(0.1 + 0.9 * 6 / 12)
+    same = cells["layers.0, step 1 to 2: 12"]
+    assert same.width > 1.9 * cells["layers.0, step 3: 0"].width, "equal neighbours are one cell"
+
+
+def test_the_layers_of_a_large_model_are_gathered_to_blocks() -> None:
+    rows = {f"layers.{block}.{part}": [2.0, at] for block in range(32) for at, part in enumerate("qkvo")}
+    over_time, at_the_end = pictures("Ranks", {"steps": [1, 2], "values": rows})
+    assert over_time.about.startswith("A map of 128 rows")
+    assert "layers.31 (mean), step 2: 1.5" in {box.tip for box in over_time.boxes}
+    assert len({box.y for box in over_time.boxes[:-5]}) == 32
+    assert at_the_end.title == "Ranks at the end"
+    assert len({box.y for box in at_the_end.boxes[:-5]}) == 4
+    assert max(box.x + box.width for each in (over_time, at_the_end) for box in each.boxes) <= WIDTH
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        None, True, "text", [], [1, 2], {}, {"a": None}, {"a": "b"}, {"a": [1]}, {"a": 1, "b": {"c": 2}},
+        {"steps": [1, 2], "values": {"a": [1]}}, {"steps": [1], "values": {"a": [None]}}, {"steps": [], "values": {}},
+        {"steps": 3, "values": {"a": []}}, {"steps": ["x"], "values": {"a": [1]}}, {"steps": [1], "values": [1]},
+        {"a": 10**400},
+    ],
+)  # fmt: skip
+def test_what_is_of_no_known_kind_is_left_to_the_fine_print(value: Any) -> None:
+    assert pictures("Ranks", value) == []
+    assert "What the methods did" not in page([a_record(details={"lora_odd": value})]).text
+
+
+@pytest.mark.parametrize("many", [1, 5, 300])
+def test_extremes_are_drawn_within_the_picture(many: int) -> None:
+    for value in (0, -1e-30, 1e299, 7):
+        same = {f"n{index}": value for index in range(many)}
+        for each in (same, {"steps": [5], "values": {name: [value] for name in same}}):
+            found = drawn(each)
+            for box in found.boxes:
+                assert 0 <= box.x <= box.x + box.width <= WIDTH + 0.1
+                assert 0 <= box.y <= box.y + box.height <= found.height
+                assert 0 <= box.strength <= 1
+
+
+def test_every_run_with_details_is_shown_under_its_method() -> None:
+    told = {
+        "ist_score": {"steps": [1, 2], "values": {"0": [1, 2]}},
+        "ist_density_percent": {"a": 5},
+        "ist_samples": 1024,
+    }
+    runs = [a_record(method="lora+ist", name="IST", seed=seed, details=told) for seed in (0, 1)]
+    found = page([*runs, a_record()])
+    drawings = [attributes for tag, attributes in found.tags if tag == "svg"]
+    labels = [str(attributes["aria-label"]) for attributes in drawings]
+    assert labels[:2] == [
+        "IST, seed 0, Score. A line over steps 1 to 2: at first 1, at last 2",
+        "IST, seed 0, Density (%). 1 bar: 5, 5 in all",
+    ]
+    assert [label.split(",")[1] for label in labels] == [" seed 0", " seed 0", " seed 1", " seed 1"]
+    assert all(attributes["role"] == "img" for attributes in drawings)
+    assert "Samples: 1,024" in found.text
+    opened = [attributes for tag, attributes in found.tags if tag == "details" and "open" in attributes]
+    assert len(opened) == 1, "of several seeds the first one is open"
+
+
+def test_titles_name_the_method_where_two_tell() -> None:
+    told = {"ada_deft_gate": {"a": 1}, "adalora_rank": {"a": 2}, "other": 3}
+    text = page([a_record(method="adalora+ada-deft[weight=1]", details=told)]).text
+    assert "Ada-deft: gate" in text
+    assert "Adalora: rank" in text
+    assert "Other: 3" in text
+
+
+def test_long_names_keep_block_and_end() -> None:
+    assert short_names(["a.0.query.w", "a.1.key.w"]) == ["0.query", "1.key"]
+    assert short_names(["0.attention.output.dense.weight", "b"])[0] == "0…ion.output.dense.weight"
+    assert short_names(["a.b"]) == ["a.b"]
+    assert short_names(["a.0<1>.w", "a.12<1>.w"]) == ["block 0", "block 12"]
+
+
+def test_ticks_are_round_and_hold_the_values() -> None:
+    assert ticks(0.0, 9.0) == [0, 5, 10]
+    assert ticks(31.0, 40.0) == [30, 35, 40]
+    assert ticks(5.0, 5.0)[0] <= 5 <= ticks(5.0, 5.0)[-1]
+
+
+def test_labels_of_a_narrow_range_differ() -> None:
+    found = drawn({"steps": [1, 2], "values": {"encoder": [99.87, 99.86]}})
+    labels = [text for _, _, anchor, text in found.texts if anchor == "end" and text != "2"]
+    assert len(labels) == len(set(labels)) >= 2
+    assert labels[0] == "99.860"

@@ -96,10 +96,10 @@ def test_exactly_the_budget_stays_and_it_is_global() -> None:
     assert ranks[-10:] == [6] * 10
     kept = [int(tuner.L.count_nonzero()) for tuner in delta.tuners()]  # type: ignore[union-attr, operator]
     assert len(set(kept)) > 1, "matrices share one budget"
-    details = procedure.details()
-    assert details["adalora_matrices"] == ["0", "1", "2"]
-    assert details["adalora_ranks"][0] == [2, 4, 4, 4]
-    assert details["adalora_ranks"][-1] == [40, *kept]
+    told = procedure.details()["adalora_rank"]
+    assert told["steps"] == list(range(2, 41, 2))
+    assert [(name, ranks[0]) for name, ranks in told["values"].items()] == [("0", 4), ("1", 4), ("2", 4)]
+    assert [ranks[-1] for ranks in told["values"].values()] == kept
 
 
 def test_the_largest_scores_stay_over_all_matrices() -> None:

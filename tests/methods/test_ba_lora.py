@@ -89,7 +89,7 @@ def test_the_teacher_is_the_pretrained_model(family: str) -> None:
     procedure: Any = delta.procedure
     loss = zoo.loss_of(family, model, inputs)
     procedure.loss(loss)
-    assert procedure.history[0][1] == pytest.approx(0, abs=1e-6)  # CR at step 0
+    assert procedure.history.values["consistency"][0] == pytest.approx(0, abs=1e-6)  # CR at step 0
     disturb(delta)
     model.train()
     loss = zoo.loss_of(family, model, inputs)
@@ -220,11 +220,13 @@ def test_state_resumes_and_details_tell(tmp_path: Path) -> None:
     other = begun("llama", steps=8)[2]
     resume(other, tmp_path)
     assert other.procedure.state() == procedure.state()
-    assert [row[0] for row in procedure.details()["ba_lora_losses"]] == [0, 1, 2, 3, 4]
-    assert procedure.history[4][1] > 0  # CR
-    assert procedure.history[4][2] < 0  # minus an entropy
-    assert -(10**0.5) < procedure.history[4][3] < 0  # of at most ten singular values over the norm
-    assert procedure.history[1][2] == 0  # not before a fifth of the steps
+    told = procedure.details()["ba_lora_loss"]
+    assert told["steps"] == [0, 1, 2, 3, 4]
+    consistency, diversity, spectral = told["values"].values()
+    assert consistency[4] > 0
+    assert diversity[4] < 0  # minus an entropy
+    assert -(10**0.5) < spectral[4] < 0  # of at most ten singular values over the norm
+    assert diversity[1] == 0  # not before a fifth of the steps
 
 
 def trainer_of(folder: Path, halt: int | None = None) -> dw.DeltaTrainer:
@@ -270,8 +272,8 @@ def test_in_the_trainer_it_resumes_exactly(tmp_path: Path) -> None:
         assert torch.equal(mine, theirs)
     details = whole.delta.procedure.details()
     assert rest.delta.procedure.details() == details
-    assert [row[0] for row in details["ba_lora_losses"]] == [0, 1, 2, 3, 4, 5]
-    assert details["ba_lora_losses"][-1][1] > 0
+    assert details["ba_lora_loss"]["steps"] == [0, 1, 2, 3, 4, 5]
+    assert details["ba_lora_loss"]["values"]["consistency"][-1] > 0
 
 
 # ---------------------------------------------------------------------------- the change

@@ -121,11 +121,12 @@ def test_no_weight_is_the_host_and_weight_lowers_the_density() -> None:
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), without.parameters(), strict=True))
     _, dense, _ = train("lora[rank=2]+deft[weight=1e-12]")
     model, sparse, inputs = train("lora[rank=2]+deft[weight=5, eps=1e-2]")
-    before, after = (delta.procedure.details()["deft_density"] for delta in (dense, sparse))
+    before, after = (delta.procedure.details()["deft_density_percent"] for delta in (dense, sparse))
+    assert before["steps"] == after["steps"] == list(range(30))
+    (before,), (after,) = before["values"].values(), after["values"].values()
     assert before[0] == after[0]
-    assert after[-1][1] < before[-1][1] - 5
-    assert after[-1][1] < after[0][1]
-    assert len(after) == 30
+    assert after[-1] < before[-1] - 5
+    assert after[-1] < after[0]
     held = [tap.value for taps in sparse.procedure.layers.values() for tap in taps.values()]  # type: ignore[attr-defined]
     assert held == [None] * 2
     with torch.no_grad():
@@ -183,8 +184,8 @@ def test_gates_of_one_are_deft_and_gates_of_zero_cut_the_layer() -> None:
 def test_gates_train_close_and_are_counted() -> None:
     model, delta, inputs = train("lora[rank=2]+ada-deft[close=0.99]")
     details = delta.procedure.details()
-    assert len(details["ada_deft_gates"]) == 2
-    assert all(gate == 0 or abs(gate) >= 0.99 for gate in details["ada_deft_gates"].values())
+    assert len(details["ada_deft_gate"]) == 2
+    assert all(gate == 0 or abs(gate) >= 0.99 for gate in details["ada_deft_gate"].values())
     expected = zoo.output_of("bert", model, inputs)
     delta.merge()
     torch.testing.assert_close(zoo.output_of("bert", model, inputs), expected, rtol=1e-5, atol=1e-5)

@@ -56,7 +56,7 @@ def test_information_by_hand() -> None:
         delta.parameters()[0].fill_(7.0)
     delta.merge()
     assert model.score.weight.tolist() == [[0.0, 7.0]]
-    assert delta.procedure.details() == {"kept": 1, "fisher_samples": 2}
+    assert delta.procedure.details() == {"fish_kept": 1, "fish_entries": {"score.weight": 1}, "fish_samples": 2}
 
 
 def test_order_of_the_examples_does_not_matter_but_their_number_in_a_batch_does() -> None:

@@ -93,7 +93,9 @@ def test_schedule(count: int, steps: int, expected: list[int]) -> None:
         before = now
         seen.append(len(now))
     assert seen == expected
-    assert procedure.details()["id3_open"] == [[step + 1, total] for step, total in enumerate(expected)]
+    told = procedure.details()["id3_entries"]
+    assert told["steps"] == list(range(1, steps + 1))
+    assert [sum(each) for each in zip(*told["values"].values(), strict=True)] == expected
 
 
 def test_counts_of_ten_over_four() -> None:
@@ -208,7 +210,8 @@ def test_resuming_in_the_middle_goes_on_as_if_nothing_happened(tmp_path: Path) -
     assert torch.equal(going.parameters()[0], whole.parameters()[0])
     assert torch.equal(going.procedure.positions, whole.procedure.positions)  # type: ignore[attr-defined]
     assert going.procedure.details() == whole.procedure.details()
-    assert sum(going.procedure.details()["id3_entries"].values()) == whole.procedure.count  # type: ignore[attr-defined]
+    told = going.procedure.details()["id3_entries"]["values"]
+    assert sum(opened[-1] for opened in told.values()) == whole.procedure.count  # type: ignore[attr-defined]
     state = going.procedure.state()
     for wrong in (state["positions"] + 10**6, state["positions"].repeat(2), state["positions"] - 10**6):
         with pytest.raises(dw.UserError, match="different entries"):

@@ -86,7 +86,10 @@ def test_scores_move_at_multiples_of_the_interval_but_not_at_the_start() -> None
     changed = [k for k in range(1, 9) if not torch.equal(seen[k], seen[k - 1])]
     assert not seen[0].any()
     assert changed == [4, 8]
-    assert sum(procedure.details()["ist_steps_trained"]) == 9
+    assert sum(procedure.details()["ist_trained_steps"].values()) == 9
+    told = procedure.details()["ist_score"]
+    assert told["steps"] == [4, 8]
+    assert [values[-1] for values in told["values"].values()] == pytest.approx(procedure.scores.tolist(), rel=1e-5)
 
 
 def test_only_the_drawn_layers_train_and_the_others_are_bit_identical() -> None:
@@ -177,8 +180,8 @@ def test_it_stands_on_methods_with_procedures_of_their_own() -> None:
     model, delta, procedure = start("adalora[rank=1, interval=1]+ist")
     steps(model, delta, 12)
     assert procedure.step == 12
-    assert "adalora_ranks" in delta.procedure.details()
-    assert "ist_scores" in delta.procedure.details()
+    assert "adalora_rank" in delta.procedure.details()
+    assert "ist_score" in delta.procedure.details()
 
 
 def test_resuming_in_the_middle_goes_on_as_if_nothing_happened(tmp_path: Path) -> None:
@@ -194,7 +197,7 @@ def test_resuming_in_the_middle_goes_on_as_if_nothing_happened(tmp_path: Path) -
     steps(rest, going, 6)
     assert all(torch.equal(a, b) for a, b in zip(going.parameters(), whole.parameters(), strict=True))
     assert going.procedure.details() == whole.procedure.details()
-    assert any(whole.procedure.details()["ist_scores"])
+    assert any(any(values) for values in whole.procedure.details()["ist_score"]["values"].values())
     with pytest.raises(dw.UserError, match="not those of 4 layers"):
         going.procedure.resume({"step": 1, "scores": torch.zeros(3), "trained": torch.zeros(3)})
 

@@ -84,7 +84,14 @@ def test_draws_at_multiples_of_the_period_only_and_by_the_seed() -> None:
     seen = steps(model, delta, optimizer, 12)
     assert [seen[k : k + 3] for k in range(0, 12, 3)] == [[procedure.draw(k)] * 3 for k in range(0, 12, 3)]
     assert len({tuple(chosen) for chosen in seen}) > 1
-    assert procedure.details()["lisa_layers"]["3"] == [str(index) for index in procedure.draw(3)]
+    details = procedure.details()
+    assert details["lisa_blocks_in_training"]["steps"] == [0, 3, 6, 9]
+    assert {name for name, values in details["lisa_blocks_in_training"]["values"].items() if values[1]} == {
+        str(index) for index in procedure.draw(3)
+    }
+    assert details["lisa_trained_steps"] == {
+        name: 3 * sum(values) for name, values in details["lisa_blocks_in_training"]["values"].items()
+    }
     _, _, same = start("lisa[layers=2, period=3]")
     _, _, other = start("lisa[layers=2, period=3]", seed=1)
     assert [same.draw(step) for step in range(60)] == [procedure.draw(step) for step in range(60)]

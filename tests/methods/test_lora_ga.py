@@ -57,7 +57,7 @@ def test_starts_from_the_singular_vectors_of_the_mean_gradient(directions: str, 
     assert torch.equal(tuner.A0, tuner.A)
     assert torch.equal(tuner.B0, tuner.B)
     share = float(S[:4].square().sum() / S.square().sum())
-    assert delta.procedure.details()["lora_ga_gradient_shares"] == {"0": pytest.approx(share, rel=1e-3)}
+    assert delta.procedure.details()["lora_ga_gradient_share"] == {"0": pytest.approx(share, rel=1e-3)}
 
 
 def test_gamma_and_the_number_of_batches() -> None:
@@ -116,7 +116,7 @@ def test_saved_with_its_start_and_not_started_again(family: str, tmp_path: Path)
     assert difference(zoo.output_of(family, model, inputs), base) < 1e-6
     begin(delta, family, inputs)
     assert difference(zoo.output_of(family, model, inputs), base) < 1e-4
-    assert 0 < min(delta.procedure.details()["lora_ga_gradient_shares"].values()) <= 1.001
+    assert 0 < min(delta.procedure.details()["lora_ga_gradient_share"].values()) <= 1.001
     disturb(delta)
     moved = zoo.output_of(family, model, inputs)
     trained = delta.report().trainable

@@ -53,7 +53,7 @@ def test_the_loss_gains_the_mean_over_the_weights() -> None:
     distances = [float(distance(tuner.A, tuner.B, "o").detach()) for tuner in tuners]
     loss = delta.procedure.loss(torch.tensor(1.0))
     assert float(loss.detach()) == pytest.approx(1 + 0.5 * sum(distances) / 2)
-    assert delta.procedure.details()["mpc_distances"] == distances
+    assert list(delta.procedure.details()["mpc_distance"].values()) == distances
     for pattern in ("o", "d"):
         for squared in ("true", "false"):
             _, tuner, delta = constrained(f"pattern={pattern},squared={squared}")
@@ -79,7 +79,7 @@ def test_training_reaches_the_pattern() -> None:
 def test_stands_on_lora_and_its_kin_and_leaves_them_mergeable(host: str) -> None:
     model, inputs = zoo.ZOO["bert"]()
     delta = dw.attach(model, f"{host}+mpc")
-    assert len(delta.procedure.details()["mpc_distances"]) == len(delta.attached)
+    assert len(delta.procedure.details()["mpc_distance"]) == len(delta.attached)
     disturb(delta)
     moved = zoo.output_of("bert", model, inputs)
     delta.merge()
@@ -112,10 +112,10 @@ def test_on_triplets_and_on_shared_factors() -> None:
     """AdaLoRA: P and Q; S2-LoRA: one pair for all weights of a shape, counted once."""
     _, tuner, delta = attached("adalora[rank=2,targets='0',gamma=0]+mpc")
     expected = float(distance(tuner.Q, tuner.P, "o").detach())
-    assert delta.procedure.details()["mpc_distances"] == [pytest.approx(expected)]
+    assert list(delta.procedure.details()["mpc_distance"].values()) == [pytest.approx(expected)]
     model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
     shared = dw.attach(model, "s2-lora[rank=2,targets='0,1']+mpc")
-    assert len(shared.procedure.details()["mpc_distances"]) == 1
+    assert len(shared.procedure.details()["mpc_distance"]) == 1
 
 
 @pytest.mark.parametrize("host", ["bitfit", "ssl", "ssb", "lora-fa"])
@@ -126,7 +126,7 @@ def test_refuses_what_has_no_low_rank_matrices(host: str) -> None:
 
 def test_alone_it_stands_on_lora() -> None:
     delta = dw.attach(zoo.ZOO["bert"]()[0], "mpc")
-    assert len(delta.procedure.details()["mpc_distances"]) == len(delta.attached) == 12
+    assert len(delta.procedure.details()["mpc_distance"]) == len(delta.attached) == 12
 
 
 def test_the_non_linear_one_is_a_parallel_adapter_without_biases_and_does_not_merge() -> None:

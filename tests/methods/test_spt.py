@@ -76,7 +76,7 @@ def test_the_budget_is_met_the_rest_never_moves_and_it_reloads(name: str, module
     torch.testing.assert_close(zoo.output_of(name, model, inputs), base, rtol=1e-6, atol=1e-6)
     procedure: Any = getattr(delta.procedure, "members", [delta.procedure])[0]
     details = delta.procedure.details()
-    chosen = set(details["spt_modules"])
+    chosen = set(details["spt_module_values"])
     assert chosen, "some weight is sensitive enough"
     assert details["spt_kept"], "and some entries are left"
     for item in delta.attached:

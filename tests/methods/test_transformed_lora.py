@@ -158,7 +158,7 @@ def test_penalties() -> None:
         tuner.T[0][0, 0] += 0.5  # diag(1.5, 1): M^T M - I = diag(1.25, 0)
     assert [float(value) for value in tuner.penalties()] == [0.25, 1.5625]
     assert float(delta.procedure.loss(one)) == 1 + 2 * 0.25 + 4 * 1.5625
-    assert delta.procedure.details() == {"tlora_R_I": [0.25], "tlora_R_O": [1.5625]}
+    assert delta.procedure.details() == {"transformed_lora_R_I": {"0": 0.25}, "transformed_lora_R_O": {"0": 1.5625}}
     assert float(attached(6, 6, modes=2, transform_rank=3)[2].penalties()[0]) == 0.0
     torch.testing.assert_close(attached(6, 6, modes=2, transform_rank=3)[2].penalties()[1], torch.zeros(()))
     delta.procedure.loss(model(torch.randn(3, 6)).sum() * 0).backward()

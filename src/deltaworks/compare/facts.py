@@ -63,7 +63,8 @@ def setting(entry: Entry, run: Record) -> Setting:
         ("Started", _moment(run.started)),
         ("Finished", _moment(run.finished)),
         ("Configuration", _json(run.config)),
-        ("Details", _json(run.details)),
+        ("Process peak", "" if run.process_peak_bytes is None else show_bytes(run.process_peak_bytes)),
+        ("Details", "\n".join(f"{key}: {json.dumps(told, ensure_ascii=False)}" for key, told in run.details.items())),
     ]
     return Setting(
         title=f"{entry.label}, seed {run.seed}",

@@ -1,7 +1,7 @@
 """The page a person looks at: one HTML file, made from the records alone, that needs no network.
 
-Each comparison is a section: the verdict in words, the table (`tables`), the plots (`plots`), the runs that were lost,
-and the fine print (`facts`). The template lays them out.
+Each comparison is a section: the verdict in words, the table (`tables`), the plots (`plots`), what the methods did
+(`pictures`), the runs that were lost, and the fine print (`facts`). The template lays them out.
 """
 
 import hashlib
@@ -12,6 +12,7 @@ from typing import Any
 
 from deltaworks.compare.colours import COLOURS, family_colours, legend, looks_of
 from deltaworks.compare.facts import setting, shared_facts
+from deltaworks.compare.pictures import WIDTH, procedures
 from deltaworks.compare.plots import curves_drawn, pareto_front, plots
 from deltaworks.compare.standings import Comparison, compare
 from deltaworks.compare.tables import columns, table
@@ -65,6 +66,7 @@ def render(records: Sequence[Record]) -> str:
         # Only scripts with this word run; a text in a record cannot hold the digest of itself.
         nonce=hashlib.sha256(fingerprint.encode("utf-8", "surrogatepass")).hexdigest(),
         colours=COLOURS,
+        picture_width=WIDTH,
     )
 
 
@@ -88,6 +90,7 @@ def section(comparison: Comparison) -> dict[str, Any]:
         "families": legend(looks),
         "plots": drawn,
         "curves": curves_drawn(drawn),
+        "procedures": procedures(comparison, looks),
         "lost": [
             (entry.label, found.seed, found.status, found.message or "no message was left")
             for entry in comparison.entries

@@ -76,7 +76,12 @@ class Procedure:
         """Take back what ``state`` gave."""
 
     def details(self) -> dict[str, Any]:
-        """What the run's record tells about it (numbers, lists and strings)."""
+        """What the run's record tells of it, and the report draws, by names such as ``adalora_rank``.
+
+        Each value is a number; or numbers by the names of layers, ``{"blocks.0": 3.0, ...}``; or such over time,
+        ``{"steps": [10, 20], "values": {"blocks.0": [8, 4], ...}}``, as ``History.data`` has them. A name begins with
+        that of the method and ends with what is counted or with the unit (``_percent``, ``_bytes``, ``_seconds``).
+        """
         return {}
 
 

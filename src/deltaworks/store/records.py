@@ -125,7 +125,16 @@ class Score(_Part):
 
 
 class Record(_Part):
-    """Everything one run leaves behind. Memory is in bytes, time in seconds, rates per second."""
+    """Everything one run leaves behind. Memory is in bytes, time in seconds, rates per second.
+
+    ``details`` is what the method's procedure did, by names that begin with the method's and end with what is counted
+    or with the unit (``_percent``, ``_bytes``, ``_seconds``). Each is of one of three kinds:
+
+    - a number: ``"fish_samples": 1024``;
+    - numbers by layer: ``"fish_entries": {"encoder.layer.0.output.dense.weight": 812, ...}``;
+    - numbers by layer, stack or loss over time, at 40 steps at most, None where there was none yet:
+      ``"adalora_rank": {"steps": [5, 10], "values": {"encoder.layer.0.output.dense": [12, 8], ...}}``.
+    """
 
     format: Literal["deltaworks.record"] = "deltaworks.record"
     schema_version: Literal[1] = 1
@@ -162,6 +171,7 @@ class Record(_Part):
 
     peak_memory_bytes: Count | None = None
     peak_memory_includes: str = Field(default="", description="such as 'resident memory of the process'")
+    process_peak_bytes: Count | None = Field(default=None, description="resident memory, libraries included")
     saved_activation_bytes: Count | None = None
     training_samples_per_second: Amount | None = None
     inference_samples_per_second: Amount | None = None
@@ -175,7 +185,7 @@ class Record(_Part):
     data: DataFacts
     started: AwareDatetime | None = None
     finished: AwareDatetime | None = None
-    details: dict[str, JsonValue] = Field(default_factory=dict, description="what the procedure did")
+    details: dict[str, JsonValue] = Field(default_factory=dict, description="what the procedure did: see above")
 
     @model_validator(mode="after")
     def _complete(self) -> "Record":

@@ -25,7 +25,7 @@ PACKAGES = ("deltaworks", "torch", "transformers", "tokenizers", "safetensors", 
 INCLUDES_TENSORS = (
     "bytes of all tensors at the peak of a training step on the longest batch: base weights, adapter, gradients, "
     "optimizer state, activations and intermediate results; without interpreter and libraries, whose process needed "
-    "process_peak_bytes (see details) in all"
+    "process_peak_bytes in all"
 )
 INCLUDES_CUDA = (
     "largest memory that torch had allocated on the device in training: base weights, adapter, gradients, optimizer "

@@ -62,7 +62,7 @@ class GatedDensity(Density):
 
     def details(self) -> dict[str, Any]:
         gates = {path: round(float(tuner.gate.detach()), 6) for path, tuner in self.gates.items()}
-        return {**super().details(), "ada_deft_gates": gates}
+        return {**super().details(), "ada_deft_gate": gates}
 
 
 @method(

@@ -8,6 +8,7 @@ from torch import Tensor
 from deltaworks.core.board import Tap
 from deltaworks.core.delta import Delta
 from deltaworks.core.errors import UserError
+from deltaworks.core.history import History
 from deltaworks.core.places import LINEAR
 from deltaworks.core.procedure import Procedure, Run
 
@@ -41,7 +42,7 @@ class Density(Procedure):
             tap = delta.watch(place.path, "input", graded=True)
             self.layers.setdefault(place.stack, {})[place.path] = tap
         self.masks = {s: delta.watch(trunks[s], "mask", graded=True) for s in self.layers if s in trunks}
-        self.history: list[list[float]] = []  # rows of [step, density of each stack in percent]
+        self.history = History()  # of the density of each stack in percent
 
     def begin(self, run: Run) -> None:
         self.steps = run.steps
@@ -79,10 +80,10 @@ class Density(Procedure):
         for stack, layers in seen.items():
             density = self.counted(layers, stack, lambda read: smooth_count(read, self.config.eps))
             loss = loss + self.config.weight * density.to(loss.device)
-        if self.step % max(1, self.steps // 20) == 0 and (not self.history or self.history[-1][0] != self.step):
+        if self.history.due(self.step, self.steps):
             with torch.no_grad():
-                shares = [float(self.counted(layers, stack, self.exact_count)) for stack, layers in seen.items()]
-            self.history.append([self.step, *(round(100 * share, 3) for share in shares)])
+                shares = {stack: float(self.counted(layers, stack, self.exact_count)) for stack, layers in seen.items()}
+            self.history.note(self.step, {stack: 100 * share for stack, share in shares.items()})
         return loss
 
     def stepped(self) -> None:
@@ -91,11 +92,10 @@ class Density(Procedure):
             tap.value = None
 
     def state(self) -> dict[str, Any]:
-        return {"step": self.step, "history": self.history}
+        return {"step": self.step, "history": self.history.data}
 
     def resume(self, state: dict[str, Any]) -> None:
-        self.step, self.history = state["step"], [list(row) for row in state["history"]]
+        self.step, self.history = state["step"], History(state["history"])
 
     def details(self) -> dict[str, Any]:
-        prefix = self.config.name.replace("-", "_")
-        return {f"{prefix}_stacks": list(self.layers), f"{prefix}_density": self.history}
+        return {f"{self.config.name.replace('-', '_')}_density_percent": self.history.data}

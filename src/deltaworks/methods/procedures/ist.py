@@ -22,6 +22,7 @@ from torch import nn
 
 from deltaworks.core.delta import Delta
 from deltaworks.core.errors import UserError
+from deltaworks.core.history import History
 from deltaworks.core.layers import damped, drawn, layers, rest
 from deltaworks.core.procedure import Procedure, Run
 from deltaworks.core.registry import OnTop, method, option
@@ -40,6 +41,7 @@ class ISTProcedure(Procedure):
             raise UserError(f"{config}: the methods that it stands on have nothing in the blocks of the model")
         self.scores = torch.zeros(len(self.layers))
         self.trained = torch.zeros(len(self.layers), dtype=torch.long)  # steps that each layer has trained
+        self.history = History()  # of the scores
         self.active: list[int] = []
         self.run: Run | None = None
         self.probes: list[Any] = []
@@ -97,23 +99,25 @@ class ISTProcedure(Procedure):
             batch = self.probes[(self.step // self.config.interval - 1) % len(self.probes)]
             sets = self.candidates()
             self.update(sets, [self.measured(chosen, batch) for chosen in sets])
+            self.history.note(self.step, dict(zip(self.layers, self.scores.tolist(), strict=True)))
         self.choose()
 
     def end(self) -> None:
         rest(self.delta, [])
 
     def state(self) -> dict[str, Any]:
-        return {"step": self.step, "scores": self.scores, "trained": self.trained}
+        return {"step": self.step, "scores": self.scores, "trained": self.trained, "history": self.history.data}
 
     def resume(self, state: dict[str, Any]) -> None:
         if any(state[key].shape != self.scores.shape for key in ("scores", "trained")):
             raise UserError(f"the scores of the checkpoint are not those of {len(self.layers)} layers")
         self.step, self.scores, self.trained = state["step"], state["scores"].clone(), state["trained"].clone()
+        self.history = History(state["history"])
         self.choose()
 
     def details(self) -> dict[str, Any]:
-        scores = [round(score, 6) for score in self.scores.tolist()]
-        return {"ist_layers": list(self.layers), "ist_scores": scores, "ist_steps_trained": self.trained.tolist()}
+        trained = dict(zip(self.layers, self.trained.tolist(), strict=True))
+        return {"ist_trained_steps": trained, "ist_score": self.history.data}
 
 
 @contextmanager

@@ -46,25 +46,25 @@ class Constraint(Procedure):
                 "write it behind a method that does, as in 'lora+mpc'"
             )
 
-    def pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
-        """A [r, in] and B [out, r] of every weight that trains both; those that weights share once."""
-        found = {}
-        for tuner in self.delta.tuners():
+    def pairs(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+        """A [r, in] and B [out, r] of every weight that trains both, by its name; those that weights share once."""
+        found: dict[tuple[int, int], tuple[str, tuple[nn.Parameter, nn.Parameter]]] = {}
+        for item in self.delta.attached:
             for names in NAMES:
-                A, B = (getattr(tuner, name, None) for name in names)
+                A, B = (getattr(item.tuner, name, None) for name in names)
                 if isinstance(A, nn.Parameter) and isinstance(B, nn.Parameter):
-                    found[id(A), id(B)] = A, B
-        return list(found.values())
+                    found.setdefault((id(A), id(B)), (item.key, (A, B)))
+        return dict(found.values())
 
-    def distances(self, squared: bool) -> list[Tensor]:
-        return [distance(A, B, self.config.pattern, squared) for A, B in self.pairs()]
+    def distances(self, squared: bool) -> dict[str, Tensor]:
+        return {key: distance(A, B, self.config.pattern, squared) for key, (A, B) in self.pairs().items()}
 
     def loss(self, loss: Tensor) -> Tensor:
-        distances = [value.to(loss.device) for value in self.distances(self.config.squared)]
+        distances = [value.to(loss.device) for value in self.distances(self.config.squared).values()]
         return loss + self.config.weight * torch.stack(distances).mean()
 
     def details(self) -> dict[str, Any]:
-        return {"mpc_distances": [float(value.detach()) for value in self.distances(squared=True)]}
+        return {"mpc_distance": {key: float(value.detach()) for key, value in self.distances(squared=True).items()}}
 
 
 @method("mpc", family="procedures", paper="Si et al., 2024, arXiv:2407.05417", learning_rate=1e-3)

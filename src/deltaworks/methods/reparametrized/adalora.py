@@ -18,6 +18,7 @@ from torch import Tensor
 
 from deltaworks.core.errors import UserError
 from deltaworks.core.forms import Factors, Tuner
+from deltaworks.core.history import History
 from deltaworks.core.procedure import Procedure, Run
 from deltaworks.core.registry import Config, method, option
 from deltaworks.core.sites import Site
@@ -61,11 +62,10 @@ class BudgetProcedure(Procedure):
 
     def __init__(self, delta: Any, config: "AdaLoRA") -> None:
         super().__init__(delta)
-        self.config, self.step, self.steps, self.warmup, self.final = config, 0, 0, 0, 0
+        self.config, self.history, self.step, self.steps, self.warmup, self.final = config, History(), 0, 0, 0, 0
         self.tuners: dict[str, Any] = {item.key: item.tuner for item in delta.attached if item.tuner.config is config}
         self.entries = {f"{key}.{name}": p for key, t in self.tuners.items() for name, p in t.named_parameters()}
         self.scores: dict[str, Tensor] = {}  # by the names of ``entries``: Ibar and Ubar, [2, *shape]
-        self.history: list[list[int]] = []  # rows of [step, rank of the first of the tuners, of the second, ...]
 
     def begin(self, run: Run) -> None:
         self.steps, shares = run.steps, (self.config.warmup, self.config.final)
@@ -91,8 +91,8 @@ class BudgetProcedure(Procedure):
         if step >= self.steps - self.final or (step > self.warmup and step % self.config.interval == 0):
             triplets = [scores[f"{key}.L"] + scores[f"{key}.P"] + scores[f"{key}.Q"] for key in self.tuners]
             self.mask(torch.stack([triplet.cpu() for triplet in triplets]), self.budget(step))
-        if step % max(1, self.steps // 20) == 0 or step == self.steps:
-            self.history.append([step, *(int(tuner.L.count_nonzero()) for tuner in self.tuners.values())])
+        if self.history.due(step, self.steps):
+            self.history.note(step, {key: int(tuner.L.count_nonzero()) for key, tuner in self.tuners.items()})
 
     def _score(self, name: str, entry: Tensor) -> Tensor:
         """The part [r] of S, after the moving averages have taken in the gradient (equations 8 to 10)."""
@@ -110,17 +110,17 @@ class BudgetProcedure(Procedure):
             tuner.L.data.mul_(kept.to(tuner.L.device))
 
     def state(self) -> dict[str, Any]:
-        return {"step": self.step, "scores": self.scores, "history": self.history}
+        return {"step": self.step, "scores": self.scores, "history": self.history.data}
 
     def resume(self, state: dict[str, Any]) -> None:
-        self.step, self.history = state["step"], [list(row) for row in state["history"]]
+        self.step, self.history = state["step"], History(state["history"])
         for name, score in state["scores"].items():
             if name not in self.entries or score.shape[1:] != self.entries[name].shape:
                 raise UserError(f"the scores {name!r} of shape {list(score.shape)} fit no matrix of this adapter")
             self.scores[name] = score.to(self.entries[name].device, copy=True)
 
     def details(self) -> dict[str, Any]:
-        return {"adalora_matrices": list(self.tuners), "adalora_ranks": self.history}
+        return {"adalora_rank": self.history.data}
 
 
 @method(

@@ -21,11 +21,14 @@ import torch
 from torch import Tensor
 
 from deltaworks.core.errors import UserError
+from deltaworks.core.history import History
 from deltaworks.core.procedure import Procedure, Run
 from deltaworks.core.registry import method, option
 from deltaworks.core.sites import is_causal
 from deltaworks.methods.reparametrized.lora import LowRank, PiSSATuner
 from deltaworks.methods.reparametrized.output_losses import consistency, covariance, negative_entropy, spectrum
+
+LOSSES = ("consistency", "diversity", "spectral")
 
 
 class OutputLosses(Procedure):
@@ -39,7 +42,7 @@ class OutputLosses(Procedure):
         self.words = head is not None
         several = getattr(getattr(delta.model, "config", None), "is_encoder_decoder", False)
         self.shifted = self.words and not several and is_causal(delta.model)
-        self.history: list[list[float]] = []  # rows of [step, CR, DR, SVDR]
+        self.history = History()  # of CR, DR and SVDR
 
     def begin(self, run: Run) -> None:
         self.steps = run.steps
@@ -64,8 +67,8 @@ class OutputLosses(Procedure):
         if seen is None:
             raise UserError("ba-lora needs the logits of the batch: call the model before procedure.loss")
         terms = self.terms(self.chosen(*seen[1:]), self.teacher(*seen) if weights[0] else None, weights)
-        if not self.history or self.step >= self.history[-1][0] + max(1, self.steps // 20):
-            self.history.append([self.step, *(float(term.detach()) for term in terms)])
+        if self.history.due(self.step, self.steps):
+            self.history.note(self.step, {name: float(t.detach()) for name, t in zip(LOSSES, terms, strict=True)})
         return loss + sum(weight * term for weight, term in zip(weights, terms, strict=True)).to(loss.device)  # type: ignore[union-attr]
 
     def terms(self, logits: Tensor, teacher: Tensor | None, weights: tuple[float, ...]) -> list[Tensor]:
@@ -109,13 +112,14 @@ class OutputLosses(Procedure):
         self.step += 1
 
     def state(self) -> dict[str, Any]:
-        return {"step": self.step, "history": self.history}
+        return {"step": self.step, "history": self.history.data}
 
     def resume(self, state: dict[str, Any]) -> None:
-        self.step, self.history = state["step"], [list(row) for row in state["history"]]
+        self.step, self.history = state["step"], History(state["history"])
 
     def details(self) -> dict[str, Any]:
-        return {"ba_lora_losses": self.history, "ba_lora_weights": list(self.weights(self.step / max(1, self.steps)))}
+        weights = self.weights(self.step / max(1, self.steps))
+        return {"ba_lora_loss": self.history.data, "ba_lora_weight": dict(zip(LOSSES, weights, strict=True))}
 
 
 @method(

@@ -102,7 +102,7 @@ class GradientStart(Procedure):
         self.shares = dict(state["shares"])
 
     def details(self) -> dict[str, Any]:
-        return {"lora_ga_gradient_shares": self.shares}
+        return {"lora_ga_gradient_share": self.shares}
 
 
 def mean_gradients(model: nn.Module, weights: list[nn.Parameter], run: Run, batches: int) -> list[Tensor]:

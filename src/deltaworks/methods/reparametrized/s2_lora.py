@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from deltaworks.core.errors import UserError
 from deltaworks.core.forms import Factors, Tuner
+from deltaworks.core.history import History
 from deltaworks.core.procedure import Procedure, Run
 from deltaworks.core.registry import Config, method, option
 from deltaworks.core.sites import Site
@@ -53,7 +54,7 @@ class SparseProcedure(Procedure):
         super().__init__(delta)
         self.config, self.step, self.steps = config, 0, 0
         self.owners: dict[str, Any] = {item.key: item.tuner for item in delta.attached if item.tuner.config is config}
-        self.history: list[list[int]] = []  # rows of [step, ranks in use at the first weight, at the second, ...]
+        self.history = History()  # of ranks in use
 
     @property
     def coefficients(self) -> list[nn.Parameter]:
@@ -74,8 +75,8 @@ class SparseProcedure(Procedure):
         if self.config.shrink:
             for e in self.coefficients:
                 e.copy_(F.softshrink(e, self.config.shrink))
-        if self.step % max(1, self.steps // 20) == 0 or self.step == self.steps:
-            self.history.append([self.step, *self.ranks()])
+        if self.history.due(self.step, self.steps):
+            self.history.note(self.step, dict(zip(self.owners, self.ranks(), strict=True)))
 
     def ranks(self) -> list[int]:
         """The effective rank of each weight: how many of its coefficients are above the threshold."""
@@ -87,13 +88,13 @@ class SparseProcedure(Procedure):
             e.mul_(e.abs() > self.config.threshold)
 
     def state(self) -> dict[str, Any]:
-        return {"step": self.step, "history": self.history}
+        return {"step": self.step, "history": self.history.data}
 
     def resume(self, state: dict[str, Any]) -> None:
-        self.step, self.history = int(state["step"]), [list(row) for row in state["history"]]
+        self.step, self.history = int(state["step"]), History(state["history"])
 
     def details(self) -> dict[str, Any]:
-        return {"s2_lora_matrices": list(self.owners), "s2_lora_ranks": self.history}
+        return {"s2_lora_rank": self.history.data}
 
 
 @method(

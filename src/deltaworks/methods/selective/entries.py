@@ -143,13 +143,14 @@ class Choosing(Procedure):
             tuner.choose()
         self.delta.reshaped()
 
-    def details(self) -> dict[str, Any]:
+    def kept(self) -> dict[str, int]:
         """How many entries of which tensor are trained; of tied tensors the first one is named."""
-        shared, owners = self.tuners()[0].entries, self.owners()
-        tensors = [f"{item.key}.{name}" for key, (item, name) in owners.items() if key in shared]
-        kept = [shared[key].values.numel() for key in owners if key in shared]
-        prefix = self.config.name.replace("-", "_")
-        return {f"{prefix}_kept": sum(kept), f"{prefix}_tensors": tensors, f"{prefix}_entries": kept}
+        shared = self.tuners()[0].entries
+        return {f"{i.key}.{name}": len(shared[key].index) for key, (i, name) in self.owners().items() if key in shared}
+
+    def details(self) -> dict[str, Any]:
+        prefix, kept = self.config.name.replace("-", "_"), self.kept()
+        return {f"{prefix}_kept": sum(kept.values()), f"{prefix}_entries": kept}
 
     def loss(self, loss: Tensor) -> Tensor:
         if not self.chosen:

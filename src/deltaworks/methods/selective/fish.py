@@ -33,7 +33,7 @@ class FishProcedure(Choosing):
         self.choose(scores)
 
     def details(self) -> dict[str, Any]:
-        return {"kept": self.count, "fisher_samples": self.samples}
+        return super().details() | {"fish_samples": self.samples}
 
 
 @method(

@@ -20,6 +20,7 @@ from torch import Tensor
 from deltaworks.core.delta import Delta
 from deltaworks.core.errors import UserError
 from deltaworks.core.forms import Tuner
+from deltaworks.core.history import History
 from deltaworks.core.procedure import Procedure, Run
 from deltaworks.core.registry import Config, method, option
 from deltaworks.core.sites import Site
@@ -33,7 +34,7 @@ class ID3Procedure(Growing):
     def __init__(self, delta: Delta, config: "ID3") -> None:
         super().__init__(delta, config)
         self.step, self.steps = 0, 0
-        self.history: list[list[int]] = []  # rows of [step, open entries]
+        self.history = History()  # of the open entries of each tensor
 
     def due(self) -> int:
         """u_0 + ... + u_t."""
@@ -68,32 +69,27 @@ class ID3Procedure(Growing):
         if len(self.waiting):
             self.open_waiting()
         self.step += 1
-        if self.step % max(1, self.steps // 20) == 0 or self.step == self.steps:
-            self.history.append([self.step, len(self.positions)])
+        if self.history.due(self.step, self.steps):
+            self.history.note(self.step, self.kept())
 
     def end(self) -> None:
         self.pool.open = False
         self.pool.gradients.clear()
 
     def state(self) -> dict[str, Any]:
-        return {"step": self.step, "positions": self.positions, "history": self.history}
+        return {"step": self.step, "positions": self.positions, "history": self.history.data}
 
     def resume(self, state: dict[str, Any]) -> None:
         positions = state["positions"]
         inside = positions.dim() == 1 and bool(((positions >= 0) & (positions < sum(self.sizes))).all())
         if not inside or len(positions.unique()) != len(positions) or len(positions) > self.count:
             raise UserError(f"id3 can open {self.count} different entries, not the ones that the checkpoint names")
-        self.step, self.history = state["step"], [list(row) for row in state["history"]]
+        self.step, self.history = state["step"], History(state["history"])
         self.positions = positions.to(self.positions.device, torch.long, copy=True)
         self.spread()
 
     def details(self) -> dict[str, Any]:
-        opened = {}
-        for item in self.delta.attached:
-            if item.tuner.config is self.config:
-                tuner: Any = item.tuner
-                opened[item.key] = sum(len(entries.index) for entries in tuner.chosen.values())
-        return {"id3_open": self.history, "id3_entries": opened}
+        return {"id3_kept": len(self.positions), "id3_entries": self.history.data}
 
 
 @method(

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from deltaworks.core.delta import Delta
 from deltaworks.core.errors import UserError
 from deltaworks.core.forms import Replacement, Tuner
+from deltaworks.core.history import History
 from deltaworks.core.layers import drawn, layers, rest
 from deltaworks.core.procedure import Procedure, Run
 from deltaworks.core.registry import Config, method, option
@@ -34,7 +35,6 @@ class LisaProcedure(Procedure):
         if not delta.anatomy.blocks:
             raise UserError(f"lisa draws blocks, and {delta.anatomy.model} has none that repeat: use full")
         self.config, self.step = config, 0
-        self.history: dict[str, list[str]] = {}  # the blocks that train from a step on
         self.optimizer: Optimizer | None = None
 
     def draw(self, step: int) -> list[int]:
@@ -57,7 +57,6 @@ class LisaProcedure(Procedure):
         found, chosen = layers(self.delta), self.draw(self.step)
         names = list(found)
         rest(self.delta, [tuner for name in names if names.index(name) not in chosen for tuner in found[name]])
-        self.history[str(self.step - self.step % self.config.period)] = [names[index] for index in chosen]
         if self.optimizer is not None:
             for parameter in self.delta.resting:
                 self.optimizer.state.pop(parameter, None)
@@ -71,14 +70,22 @@ class LisaProcedure(Procedure):
         rest(self.delta, [])
 
     def state(self) -> dict[str, Any]:
-        return {"step": self.step, "history": self.history}
+        return {"step": self.step}
 
     def resume(self, state: dict[str, Any]) -> None:
-        self.step, self.history = state["step"], {step: list(names) for step, names in state["history"].items()}
+        self.step = state["step"]
         self.change()
 
     def details(self) -> dict[str, Any]:
-        return {"lisa_layers": self.history}
+        """How long each block trained, and which ones from a step on (1, the others 0): every draw, told again."""
+        names, history = list(layers(self.delta)), History()
+        trained = dict.fromkeys(names, 0)
+        for start in range(0, self.step, self.config.period):
+            chosen = [names[index] for index in self.draw(start)]
+            history.note(start, {name: int(name in chosen) for name in names})
+            for name in chosen:
+                trained[name] += min(self.config.period, self.step - start)
+        return {"lisa_trained_steps": trained, "lisa_blocks_in_training": history.data}
 
 
 @method(

@@ -93,8 +93,8 @@ class SPTProcedure(Choosing):
         self.take([index.to(score.device) for index, score in zip(chosen, scores, strict=True)])
 
     def details(self) -> dict[str, Any]:
-        modules = [path for path, module in self.modules.items() if "D" in module._parameters]
-        return {**super().details(), "spt_modules": modules}
+        modules = {path: module.cost for path, module in self.modules.items() if "D" in module._parameters}
+        return super().details() | {"spt_module_values": modules}
 
 
 @method(

@@ -90,18 +90,19 @@ class PenaltyProcedure(Procedure):
     def __init__(self, delta: Any, config: "TransformedLoRA") -> None:
         super().__init__(delta)
         self.config = config
-        self.tuners: list[Any] = [item.tuner for item in delta.attached if item.tuner.config is config]
+        self.tuners: dict[str, Any] = {item.key: item.tuner for item in delta.attached if item.tuner.config is config}
 
     def loss(self, loss: Tensor) -> Tensor:
-        for tuner in self.tuners:
+        for tuner in self.tuners.values():
             near, right = tuner.penalties()
             loss = loss + (self.config.identity_penalty * near + self.config.orthogonal_penalty * right).to(loss.device)
         return loss
 
     @torch.no_grad()
     def details(self) -> dict[str, Any]:
-        values = [tuner.penalties() for tuner in self.tuners]
-        return {f"tlora_{name}": [float(v[i]) for v in values] for i, name in enumerate(("R_I", "R_O"))}
+        found = {key: [float(value) for value in tuner.penalties()] for key, tuner in self.tuners.items()}
+        names = ("transformed_lora_R_I", "transformed_lora_R_O")
+        return {name: {key: both[i] for key, both in found.items()} for i, name in enumerate(names)}
 
 
 @method(
