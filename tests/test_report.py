@@ -384,7 +384,7 @@ def test_titles_name_the_method_where_two_tell() -> None:
 
 def test_long_names_keep_block_and_end() -> None:
     assert short_names(["a.0.query.w", "a.1.key.w"]) == ["0.query", "1.key"]
-    assert short_names(["0.attention.output.dense.weight", "b"])[0] == "0…ion.output.dense.weight"
+    assert short_names(["0.attention.output.dense.weight", "b"])[0] == "0…on.output.dense.weight"
     assert short_names(["a.b"]) == ["a.b"]
     assert short_names(["a.0<1>.w", "a.12<1>.w"]) == ["block 0", "block 12"]
 

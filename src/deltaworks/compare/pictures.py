@@ -269,7 +269,7 @@ def block_of(name: str) -> tuple[str, int, str] | None:
     return (found[1] or "", int(found[2]), found[3] or "") if found else None
 
 
-def short_names(names: Sequence[str], most: int = 25) -> list[str]:
+def short_names(names: Sequence[str], most: int = 24) -> list[str]:
     """Names without the parts that all begin or end with; of long ones the number of the block and the end."""
     parts = [re.sub(r"<\d+>", "", name).split(".") for name in names]  # which part of a composed method is left out
     for _ in range(2):  # from the left, then, turned around, from the right
