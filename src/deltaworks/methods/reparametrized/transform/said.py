@@ -57,14 +57,14 @@ class Fastfood(nn.Module):
     def __init__(self, inner: int, size: int, generator: torch.Generator, device: torch.device) -> None:
         super().__init__()
         length = 1 << (size - 1).bit_length()
-        self.size, self.length, self.factor = size, length, 1.0
+        self.size, self.length = size, length
         if device.type == "meta":
             signs, permutation, gains = torch.empty(min(inner, length)), torch.empty(length), torch.empty(length)
         else:
             signs = torch.randint(2, (length,), generator=generator)[:inner] * 2 - 1
             permutation = torch.randperm(length, generator=generator)
             gains = torch.randn(length, generator=generator)
-            self.factor = float((size * gains.double().square().sum()) ** -0.5)  # sqrt(L sum G^2) sqrt(D / L)
+            gains /= (size * gains.double().square().sum()).sqrt()  # sqrt(L sum G^2) sqrt(D / L)
         self.register_buffer("signs", signs.to(device, torch.int8), persistent=False)
         self.register_buffer("permutation", permutation.to(device, torch.int32), persistent=False)
         self.register_buffer("gains", gains.to(device), persistent=False)
@@ -72,7 +72,7 @@ class Fastfood(nn.Module):
     def forward(self, v: Tensor) -> Tensor:
         signed = v[: self.length] * self.signs
         mixed = walsh_hadamard(F.pad(signed, (0, self.length - len(signed)))).index_select(0, self.permutation)
-        return self.factor * walsh_hadamard(mixed * self.gains)[: self.size]
+        return walsh_hadamard(mixed * self.gains)[: self.size]
 
 
 class SAIDTuner(Tuner):
