@@ -11,7 +11,8 @@ from conformance import begin, disturb, one_by_one
 from torch import Tensor, nn
 
 import deltaworks as dw
-from deltaworks.methods.selective.entries import largest, squared_gradients
+from deltaworks.core.calibration import squared_gradients
+from deltaworks.methods.selective.entries import largest
 from deltaworks.methods.selective.fish import FishProcedure
 
 

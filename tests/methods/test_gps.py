@@ -13,7 +13,7 @@ from conformance import begin, disturb
 from torch import Tensor, nn
 
 import deltaworks as dw
-from deltaworks.methods.selective.entries import summed_gradients
+from deltaworks.core.calibration import summed_gradients
 from deltaworks.methods.selective.gps import GPSProcedure, contrastive_loss, per_row
 
 

@@ -404,10 +404,18 @@ def test_checkpoints_hold_small_index_lists_and_are_checked(tmp_path: Path) -> N
         assert base_size(fresh) == 22_500
 
 
-def test_it_learns_with_another_procedure_beside_it() -> None:
-    model, inputs, delta = attached("roberta", "lora[rank=4]+deft+light-peft[estimate=4, modules=0.3]")
+@pytest.mark.parametrize(
+    ("spec", "tuners"),
+    [
+        ("lora[rank=4]+deft+light-peft[estimate=4, modules=0.3]", 6),
+        ("lora[rank=4]+light-peft[estimate=4, modules=0.95]+ist[interval=2]", 1),
+    ],
+)
+def test_it_learns_with_another_procedure_beside_it(spec: str, tuners: int) -> None:
+    model, inputs, delta = attached("roberta", spec)
     begin(delta, "roberta", inputs)
-    first = float(zoo.loss_of("roberta", model, inputs))
+    assert len(delta.tuners()) == tuners
+    first = zoo.loss_of("roberta", model, inputs).item()
     steps(model, delta, inputs, 12)
     delta.procedure.end()
     assert float(zoo.loss_of("roberta", model, inputs)) < first

@@ -10,7 +10,7 @@ from conformance import begin, difference, disturb
 from torch import Tensor, nn
 
 import deltaworks as dw
-from deltaworks.methods.reparametrized.lora_ga import mean_gradients
+from deltaworks.core.calibration import summed_gradients
 from deltaworks.store.checkpoint import resume
 
 OUT, IN = 16, 12
@@ -144,11 +144,11 @@ def test_refusals() -> None:
     with pytest.raises(dw.UserError, match=r"call procedure.begin\(run\)"):
         delta.procedure.loss(torch.zeros(()))
     for run in (dw.Run(steps=1, batches=data), dw.Run(steps=1, loss=loss_of)):
-        with pytest.raises(dw.UserError, match="it starts from the gradient"):
+        with pytest.raises(dw.UserError, match="gradients of weights need"):
             delta.procedure.begin(run)
     packed = nn.Parameter(torch.zeros(4, 3, dtype=torch.int8), requires_grad=False)
     with pytest.raises(dw.UserError, match=r"weights in torch.int8 have none"):
-        mean_gradients(model, [packed], dw.Run(steps=1, batches=data, loss=loss_of), 1)
+        summed_gradients(model, [packed], dw.Run(steps=1, batches=data, loss=loss_of), 1)
     with torch.no_grad():
         wrong = {"A": torch.zeros(2, IN), "B": torch.zeros(OUT, 2), "A0": torch.zeros(3, IN), "B0": torch.zeros(OUT, 3)}
     with pytest.raises(dw.UserError, match=r"'A0' has shape \[3, 12\], not \[2, 12\]"):

@@ -10,7 +10,7 @@ from conformance import begin, disturb
 from torch import Tensor, nn
 
 import deltaworks as dw
-from deltaworks.methods.selective.entries import gathered_gradients
+from deltaworks.core.calibration import gathered_gradients
 
 
 def test_scores_by_hand() -> None:

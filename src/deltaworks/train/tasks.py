@@ -2,14 +2,14 @@
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deltaworks.core.calibration import evaluating
 from deltaworks.core.errors import UserError, nearest
 from deltaworks.train.batching import Encoded, batches, length_of
 from deltaworks.train.scores import classification_scores, token_scores
@@ -74,7 +74,7 @@ class Task(ABC):
         # examples of like length share a batch, so little padding is computed
         order = sorted(range(len(encoded)), key=lambda index: -length_of(encoded[index]))
         outcomes: list[dict[str, float]] = [{}] * len(encoded)
-        with _evaluating(model), torch.no_grad():
+        with evaluating(model), torch.no_grad():
             for start in range(0, len(order), batch_size):
                 chosen = order[start : start + batch_size]
                 batch = _on_device_of(model, self.collate([encoded[index] for index in chosen]))
@@ -300,15 +300,3 @@ def _logits(output: Any) -> Tensor:
 def _on_device_of(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     parameter = next(model.parameters(), None)
     return batch if parameter is None else {key: value.to(parameter.device) for key, value in batch.items()}
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and each module's own mode again afterwards (frozen parts may stay in evaluation)."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -19,13 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deltaworks.core.calibration import summed_gradients
 from deltaworks.core.errors import UserError
 from deltaworks.core.forms import Replacement
 from deltaworks.core.procedure import Procedure, Run
 from deltaworks.core.registry import Config, configure, method, option
 from deltaworks.core.sites import stable_hash
 from deltaworks.methods.hybrid.pruned import Kept, keep, make_prunable, matrices
-from deltaworks.methods.selective.entries import largest, summed_gradients
+from deltaworks.methods.selective.entries import largest
 
 
 class SparseProcedure(Procedure):

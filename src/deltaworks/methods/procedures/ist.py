@@ -12,14 +12,12 @@ Count: that of the method below; ``train`` of it at any time (LLaMA-7B, LoRA r =
 Departure: the published code redraws sets until they differ, for ever where there are too few; here 20 times.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
 import torch
-from torch import nn
 
+from deltaworks.core.calibration import evaluating
 from deltaworks.core.delta import Delta
 from deltaworks.core.errors import UserError
 from deltaworks.core.history import History
@@ -53,6 +51,8 @@ class ISTProcedure(Procedure):
     def begin(self, run: Run) -> None:
         if run.loss is None:
             raise UserError("ist measures losses: it needs Run(batches=..., loss=...) in procedure.begin")
+        if len(present := layers(self.delta)) < len(self.layers):  # a method beside this one took some off
+            self.layers, self.scores, self.trained = present, self.scores[: len(present)], self.trained[: len(present)]
         self.run, self.probes = run, list(islice(run.batches, PROBES))
         if not self.probes:
             raise UserError("ist measures losses, and Run(batches=...) yields no batch")
@@ -118,18 +118,6 @@ class ISTProcedure(Procedure):
     def details(self) -> dict[str, Any]:
         trained = dict(zip(self.layers, self.trained.tolist(), strict=True))
         return {"ist_trained_steps": trained, "ist_score": self.history.data}
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model with dropout off."""
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 @method("ist", family="procedures", paper="Yao et al., 2024, arXiv:2410.11772", learning_rate=2e-4)

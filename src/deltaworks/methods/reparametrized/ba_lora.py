@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deltaworks.core.calibration import evaluating
 from deltaworks.core.errors import UserError
 from deltaworks.core.history import History
 from deltaworks.core.procedure import Procedure, Run
@@ -98,15 +99,10 @@ class OutputLosses(Procedure):
     def teacher(self, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> Tensor:
         """The same rows of the pretrained model, without dropout and in the arithmetic of ``output``."""
         model, logits = self.delta.model, getattr(output, "logits", output)
-        training = [module for module in model.modules() if module.training]
         narrow = logits.dtype != next(model.parameters()).dtype and logits.dtype in (torch.bfloat16, torch.float16)
-        try:
-            model.eval()
-            with self.delta.disabled(), torch.autocast(logits.device.type, logits.dtype if narrow else None, narrow):
-                return self.chosen(keywords, model(*arguments, **keywords))
-        finally:
-            for module in training:
-                module.training = True
+        arithmetic = torch.autocast(logits.device.type, logits.dtype if narrow else None, narrow)
+        with evaluating(model), self.delta.disabled(), arithmetic:
+            return self.chosen(keywords, model(*arguments, **keywords))
 
     def stepped(self) -> None:
         self.step += 1

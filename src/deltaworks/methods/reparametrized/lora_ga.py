@@ -9,12 +9,12 @@ Departure: the published code writes W - s B0 A0 over the base; here the base st
 """
 
 from collections.abc import Mapping
-from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from deltaworks.core.calibration import summed_gradients
 from deltaworks.core.errors import UserError
 from deltaworks.core.forms import Factors
 from deltaworks.core.procedure import Procedure, Run
@@ -82,11 +82,13 @@ class GradientStart(Procedure):
         if self.started:
             return  # loaded with its start
         weights: list[Any] = [self.delta.model.get_submodule(i.place.path)._parameters["weight"] for i in self.items]
-        gradients = mean_gradients(self.delta.model, weights, run, self.config.batches)
+        unique = list({id(weight): weight for weight in weights}.values())  # parts of a fused projection share theirs
+        sums, seen = summed_gradients(self.delta.model, unique, run, self.config.batches)
+        gradients = {id(weight): total / seen for weight, total in zip(unique, sums, strict=True)}
         with torch.random.fork_rng():
             torch.manual_seed(stable_hash(f"{self.delta.seed}/lora-ga"))
-            for item, gradient in zip(self.items, gradients, strict=True):
-                matrix = part_of(item.place, to_matrix(item.place.kind, gradient))
+            for item, weight in zip(self.items, weights, strict=True):
+                matrix = part_of(item.place, to_matrix(item.place.kind, gradients[id(weight)]))
                 self.shares[item.key] = item.tuner.start(matrix, self.config.directions, self.config.gamma)
         self.delta.reshaped()
 
@@ -103,33 +105,6 @@ class GradientStart(Procedure):
 
     def details(self) -> dict[str, Any]:
         return {"lora_ga_gradient_share": self.shares}
-
-
-def mean_gradients(model: nn.Module, weights: list[nn.Parameter], run: Run, batches: int) -> list[Tensor]:
-    """The mean gradient of each weight over at most ``batches`` batches, float32, with dropout off."""
-    if odd := next((weight.dtype for weight in weights if not weight.is_floating_point()), None):
-        raise UserError(f"lora-ga needs the gradient of every weight, and weights in {odd} have none")
-    unique = list({id(weight): weight for weight in weights}.values())  # parts of a fused projection share theirs
-    sums = {id(weight): torch.zeros_like(weight, dtype=torch.float32) for weight in unique}
-    training, seen = [module for module in model.modules() if module.training], 0
-    try:
-        model.eval()
-        for weight in unique:
-            weight.requires_grad_(True)
-        for batch in islice(run.batches, batches if run.loss else 0):
-            gradients = torch.autograd.grad(run.loss(model, batch), unique, allow_unused=True)  # type: ignore[misc]
-            for weight, gradient in zip(unique, gradients, strict=True):
-                if gradient is not None:
-                    sums[id(weight)].add_(gradient.float())
-            seen += 1
-    finally:
-        for weight in unique:
-            weight.requires_grad_(False)
-        for module in training:
-            module.training = True
-    if not seen:
-        raise UserError("lora-ga needs Run(loss=..., batches=...) in procedure.begin: it starts from the gradient")
-    return [sums[id(weight)] / seen for weight in weights]
 
 
 @method(

@@ -1,7 +1,7 @@
 """What the sparse methods have in common: a few chosen entries of the weights, and the scores that choose them."""
 
-from collections.abc import Callable, Iterable, Mapping
-from itertools import islice, pairwise
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -13,11 +13,8 @@ from deltaworks.core.building import Attached
 from deltaworks.core.delta import Delta
 from deltaworks.core.errors import UserError
 from deltaworks.core.forms import Tuner
-from deltaworks.core.procedure import Procedure, Run
+from deltaworks.core.procedure import Procedure
 from deltaworks.core.sites import Site
-
-Criterion = Callable[[Any, Any], Tensor]
-"""(model, batch) to a scalar whose gradients are looked at."""
 
 
 class Entries(nn.Module):
@@ -157,70 +154,6 @@ class Choosing(Procedure):
             name = self.config.name
             raise UserError(f"{name} has not chosen what to train: call procedure.begin(run) before the first step")
         return loss
-
-
-def squared_gradients(
-    model: nn.Module, parameters: list[nn.Parameter], run: Run, samples: int
-) -> tuple[list[Tensor], int]:
-    """The mean squared gradient of each parameter over at most ``samples`` single examples, and their number.
-
-    Float32, with dropout off. Raises UserError where the run has no examples to give.
-    """
-    if run.loss is None or run.one_by_one is None:
-        raise UserError("ranking weights needs Run(loss=..., one_by_one=...) in procedure.begin: single examples")
-    scores, seen = gathered_gradients(model, parameters, run.loss, islice(run.one_by_one, samples), Tensor.square)
-    if not seen:
-        raise UserError("ranking weights needs single examples, and Run(one_by_one=...) yields none")
-    return [score / seen for score in scores], seen
-
-
-def summed_gradients(
-    model: nn.Module, parameters: list[nn.Parameter], run: Run, batches: int, criterion: Criterion | None = None
-) -> tuple[list[Tensor], int]:
-    """The signed sum of each parameter's gradients over at most ``batches`` of the run's, and their number.
-
-    ``criterion`` stands for the training loss, if given. Raises UserError where the run has no batches to give.
-    """
-    criterion = criterion or run.loss
-    if criterion is None:
-        raise UserError("ranking weights needs Run(loss=..., batches=...) in procedure.begin")
-    scores, seen = gathered_gradients(model, parameters, criterion, islice(run.batches, batches))
-    if not seen:
-        raise UserError("ranking weights needs batches, and Run(batches=...) yields none")
-    return scores, seen
-
-
-def gathered_gradients(
-    model: nn.Module,
-    parameters: list[nn.Parameter],
-    criterion: Criterion,
-    batches: Iterable[Any],
-    turned: Callable[[Tensor], Tensor] = lambda gradient: gradient,
-) -> tuple[list[Tensor], int]:
-    """The sum of ``turned(gradient)`` for each parameter over ``batches``, in float32, and the number of batches.
-
-    Dropout is off; no parameter changes, and the model is left as it was.
-    """
-    scores = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters]
-    modes = {module: module.training for module in model.modules()}
-    wanted = [parameter.requires_grad for parameter in parameters]
-    seen = 0
-    try:
-        model.eval()
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-        for batch in batches:
-            gradients = torch.autograd.grad(criterion(model, batch), parameters, allow_unused=True)
-            for score, gradient in zip(scores, gradients, strict=True):
-                if gradient is not None:
-                    score.add_(turned(gradient.float()))
-            seen += 1
-    finally:
-        for parameter, wants in zip(parameters, wanted, strict=True):
-            parameter.requires_grad_(wants)
-        for module, training in modes.items():
-            module.training = training
-    return scores, seen
 
 
 def narrowed(index: Tensor, size: int) -> Tensor:

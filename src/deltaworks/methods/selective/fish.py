@@ -12,12 +12,13 @@ Departure: the published code masks dense gradients; here only the k values exis
 from typing import Any
 
 from deltaworks.core.anatomy import backbone
+from deltaworks.core.calibration import squared_gradients
 from deltaworks.core.delta import Delta
 from deltaworks.core.forms import Tuner
 from deltaworks.core.procedure import Procedure, Run
 from deltaworks.core.registry import Config, method, option
 from deltaworks.core.sites import Site
-from deltaworks.methods.selective.entries import Choosing, EntriesTuner, squared_gradients
+from deltaworks.methods.selective.entries import Choosing, EntriesTuner
 
 
 class FishProcedure(Choosing):

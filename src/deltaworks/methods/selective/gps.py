@@ -21,13 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deltaworks.core.anatomy import backbone
+from deltaworks.core.calibration import Criterion, summed_gradients
 from deltaworks.core.delta import Delta
 from deltaworks.core.forms import Tuner
 from deltaworks.core.procedure import Procedure, Run
 from deltaworks.core.registry import Config, method, option
 from deltaworks.core.sites import Site
 from deltaworks.core.weights import to_matrix
-from deltaworks.methods.selective.entries import Choosing, Criterion, EntriesTuner, summed_gradients
+from deltaworks.methods.selective.entries import Choosing, EntriesTuner
 
 
 def contrastive_loss(features: Tensor, labels: Tensor, temperature: float = 0.07) -> Tensor:

@@ -18,12 +18,13 @@ from typing import Any
 from torch import Tensor
 
 from deltaworks.core.anatomy import backbone
+from deltaworks.core.calibration import summed_gradients
 from deltaworks.core.delta import Delta
 from deltaworks.core.forms import Tuner
 from deltaworks.core.procedure import Procedure, Run
 from deltaworks.core.registry import Config, method, option
 from deltaworks.core.sites import Site
-from deltaworks.methods.selective.entries import Choosing, EntriesTuner, largest, summed_gradients
+from deltaworks.methods.selective.entries import Choosing, EntriesTuner, largest
 
 
 def gain(gradient: Tensor, curvature: Tensor | float = 1.0) -> Tensor:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deltaworks.core.calibration import gathered_gradients
 from deltaworks.core.delta import Delta
 from deltaworks.core.errors import UserError
 from deltaworks.core.forms import Tuner
@@ -27,7 +28,7 @@ from deltaworks.core.places import LINEAR
 from deltaworks.core.procedure import Procedure, Run
 from deltaworks.core.registry import Config, method, option
 from deltaworks.core.sites import Site
-from deltaworks.methods.selective.entries import Choosing, EntriesTuner, gathered_gradients
+from deltaworks.methods.selective.entries import Choosing, EntriesTuner
 from deltaworks.methods.selective.late import Behind, LowRank
 
 
