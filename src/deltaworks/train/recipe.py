@@ -96,11 +96,12 @@ class Recipe(BaseModel):
         """The learning rates of the search, ascending."""
         if self.rates is not None:
             return sorted(set(self.rates))
-        slowest = min(config.parts(), key=lambda part: part.learning_rate)
+        # a method that is made of others has a rate of its own; several methods take that of the slowest
+        decides = config if config.name else min(config.parts(), key=lambda part: part.learning_rate)
         if self.tried:
-            return sorted({slowest.learning_rate, *slowest.tried})
+            return sorted({decides.learning_rate, *decides.tried})
         # what trains the head alone is held to the rate that every other method trains it with
-        own = self.head_rate if self.head_rate and slowest.targets == "head" else slowest.learning_rate
+        own = self.head_rate if self.head_rate and decides.targets == "head" else decides.learning_rate
         return sorted({own * factor for factor in self.factors})
 
 

@@ -19,6 +19,7 @@ from deltaworks.core.registry import Config, configure, method, option
     kinds=("keyvalue", "sublayer"),
     identity=False,
     learning_rate=1e-3,
+    tried=(3e-4, 1e-3, 3e-3),
     small={"length": 4, "width": 16},
 )
 class MAM(Config):

@@ -94,7 +94,8 @@ class SparseProcedure(Procedure):
     family="hybrid",
     paper="He et al., 2022, arXiv:2210.04284",
     identity=False,
-    learning_rate=3e-3,
+    learning_rate=1e-2,
+    tried=(1e-3, 3e-3, 1e-2),
     limits={"compile": "the entries of each adapter are others, so that switching compiles again"},
 )
 class SparseAdapter(Config):

@@ -102,6 +102,7 @@ class GatedAdapterTuner(PfeifferTuner):
     kinds=("keyvalue", "sublayer"),  # which a model must have for it
     identity=False,
     learning_rate=1e-3,
+    tried=(1e-3, 3e-3, 1e-2),
     small={"length": 4},
 )
 class UniPELT(Config):

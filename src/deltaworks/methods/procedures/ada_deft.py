@@ -71,7 +71,8 @@ class GatedDensity(Density):
     paper="Runwal et al., 2024, arXiv:2402.01911",
     kinds=("linear", "conv1d"),
     tuner=Gate,
-    learning_rate=3e-4,
+    learning_rate=3e-3,
+    tried=(1e-3, 3e-3, 1e-2),
 )
 class AdaDEFT(OnTop):
     targets: str = option("mlp.down", "the linears whose output gets a gate")

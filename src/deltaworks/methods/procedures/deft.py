@@ -18,7 +18,13 @@ from deltaworks.core.registry import OnTop, method, option
 from deltaworks.methods.procedures.density import Density
 
 
-@method("deft", family="procedures", paper="Runwal et al., 2024, arXiv:2402.01911", learning_rate=3e-4)
+@method(
+    "deft",
+    family="procedures",
+    paper="Runwal et al., 2024, arXiv:2402.01911",
+    learning_rate=3e-3,
+    tried=(1e-3, 3e-3, 1e-2),
+)
 class DEFT(OnTop):
     weight: float = option(1.0, "w, the weight of the density of each stack", least=0)
     eps: float = option(1e-7, "smoothing: entries well below its root count as zeros", least=1e-12)

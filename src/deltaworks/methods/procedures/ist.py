@@ -120,7 +120,9 @@ class ISTProcedure(Procedure):
         return {"ist_trained_steps": trained, "ist_score": self.history.data}
 
 
-@method("ist", family="procedures", paper="Yao et al., 2024, arXiv:2410.11772", learning_rate=2e-4)
+@method(
+    "ist", family="procedures", paper="Yao et al., 2024, arXiv:2410.11772", learning_rate=1e-2, tried=(1e-3, 3e-3, 1e-2)
+)
 class IST(OnTop):
     train: float = option(0.25, "share of the layers that trains at each step", least=0, most=1)
     damp: float = option(0.5, "share of the layers that each candidate set damps", least=0, most=1)

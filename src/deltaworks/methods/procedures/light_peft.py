@@ -117,7 +117,8 @@ class LightProcedure(Procedure):
     "light-peft",
     family="procedures",
     paper="Gu et al., 2024, arXiv:2406.03792",
-    learning_rate=3e-4,
+    learning_rate=1e-2,
+    tried=(1e-3, 3e-3, 1e-2),
     limits={
         "rows": "it cuts the base to its own size, so that no other row can share it",
         "compile": "it cuts the base to its own size, so that switching compiles again",

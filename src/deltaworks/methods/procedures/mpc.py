@@ -67,7 +67,9 @@ class Constraint(Procedure):
         return {"mpc_distance": {key: float(value.detach()) for key, value in self.distances(squared=True).items()}}
 
 
-@method("mpc", family="procedures", paper="Si et al., 2024, arXiv:2407.05417", learning_rate=1e-3)
+@method(
+    "mpc", family="procedures", paper="Si et al., 2024, arXiv:2407.05417", learning_rate=3e-3, tried=(1e-3, 3e-3, 1e-2)
+)
 class MPC(OnTop):
     pattern: str = option("o", "o: orthonormal, d: orthogonal", choices=("o", "d"))
     weight: float = option(0.1, "w of the penalty; the paper: 0.1, for RTE and STS-B 0.3", least=0)

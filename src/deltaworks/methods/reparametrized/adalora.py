@@ -49,8 +49,7 @@ class AdaLoRATuner(Tuner):
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Take any number of triplets up to r; the others get L = 0 and keep their P and Q."""
-        (out, most), inner = self.P.shape, self.Q.shape[1]
-        rank = tensors["L"].numel() if "L" in tensors else 0
+        (out, most), inner, rank = self.P.shape, self.Q.shape[1], len(tensors.get("L", ()))
         shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
         if shapes != {"P": [out, rank], "L": [rank], "Q": [rank, inner]} or rank > most:
             raise UserError(f"P [{out}, r], L [r], Q [r, {inner}] with r <= {most} are needed, not {shapes}")
@@ -130,6 +129,7 @@ class BudgetProcedure(Procedure):
     kinds=("linear", "conv1d", "conv2d", "embedding"),
     tuner=AdaLoRATuner,
     learning_rate=1e-2,
+    tried=(3e-3, 1e-2, 3e-2),
 )
 class AdaLoRA(Config):
     targets: str = option("linear", "the paper: all six matrices of every block")

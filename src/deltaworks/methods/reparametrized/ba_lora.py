@@ -124,7 +124,8 @@ class OutputLosses(Procedure):
     paper="Chang et al., 2024, arXiv:2408.04556",
     kinds=("linear", "conv1d"),
     tuner=PiSSATuner,
-    learning_rate=2e-5,
+    learning_rate=3e-3,
+    tried=(3e-4, 1e-3, 3e-3),
     limits={"family:clip": "its losses are on logits of classes or words, which a contrastive model has not"},
 )
 class BALoRA(LowRank):

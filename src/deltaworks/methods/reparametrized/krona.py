@@ -82,6 +82,7 @@ TUNERS = {"linear": KroneckerTuner, "conv1d": KroneckerTuner, "conv2d": WeightTu
     paper="Edalati et al., 2022, arXiv:2212.10650",
     kinds=tuple(TUNERS),
     learning_rate=1e-2,
+    tried=(3e-3, 1e-2, 3e-2),
 )
 class KronA(Config):
     targets: str = option("linear", "the paper: attention.q,attention.v")
@@ -103,7 +104,8 @@ class KronA(Config):
     family="reparametrized/kronecker",
     paper="Yeh et al., 2023, arXiv:2309.14859",
     kinds=tuple(TUNERS),
-    learning_rate=5e-3,
+    learning_rate=1e-2,
+    tried=(1e-3, 3e-3, 1e-2),
 )
 class LoKr(Config):
     targets: str = option("linear", "every linear layer inside the blocks")

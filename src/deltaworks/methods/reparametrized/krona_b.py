@@ -41,6 +41,7 @@ class ParallelTuner(Tuner):
     kinds=("sublayer",),
     tuner=ParallelTuner,
     learning_rate=1e-2,
+    tried=(3e-3, 1e-2, 3e-2),
 )
 class KronAB(Config):
     targets: str = option("mlp", "the sub-layers to stand beside; the paper: every feed-forward")

@@ -44,7 +44,8 @@ class LoHaTuner(Tuner):
     paper="Yeh et al., 2023, arXiv:2309.14859",
     kinds=("linear", "conv1d", "conv2d", "embedding"),
     tuner=LoHaTuner,
-    learning_rate=1e-3,
+    learning_rate=3e-3,
+    tried=(1e-3, 3e-3, 1e-2),
 )
 class LoHa(Config):
     targets: str = option("linear", "every linear layer inside the blocks")

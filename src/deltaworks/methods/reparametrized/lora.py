@@ -127,6 +127,7 @@ class LinearDoRATuner(DoRATuner):
     paper="Hu et al., 2021, arXiv:2106.09685",
     kinds=("linear", "conv1d", "conv2d", "embedding"),
     learning_rate=1e-3,
+    tried=(1e-3, 3e-3, 1e-2),
 )
 class LoRA(LowRank):
     dora: bool = option(False, "train magnitude and direction of the rows apart (DoRA)")

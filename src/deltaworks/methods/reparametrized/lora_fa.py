@@ -43,7 +43,8 @@ class LoRAFATuner(Tuner):
     paper="Zhang et al., 2023, arXiv:2308.03303",
     kinds=("linear", "conv1d", "conv2d", "embedding"),
     tuner=LoRAFATuner,
-    learning_rate=1e-3,
+    learning_rate=3e-3,
+    tried=(1e-3, 3e-3, 1e-2),
 )
 class LoRAFA(Config):
     targets: str = option("linear", "every linear layer inside the blocks")

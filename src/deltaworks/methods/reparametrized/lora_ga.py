@@ -113,7 +113,8 @@ class GradientStart(Procedure):
     paper="Wang et al., 2024, arXiv:2407.05000",
     kinds=("linear", "conv1d", "conv2d"),
     tuner=LoRAGATuner,
-    learning_rate=1e-4,
+    learning_rate=1e-3,
+    tried=(3e-4, 1e-3, 3e-3),
     small={"rank": 4},
 )
 class LoRAGA(LowRank):

@@ -62,7 +62,8 @@ class LoRAXSTuner(Tuner):
     paper="Balazy et al., 2024, arXiv:2405.17604",
     kinds=("linear", "conv1d", "conv2d", "embedding"),
     tuner=LoRAXSTuner,
-    learning_rate=4e-3,
+    learning_rate=3e-3,
+    tried=(1e-3, 3e-3, 1e-2),
     small={"rank": 4},
 )
 class LoRAXS(Config):

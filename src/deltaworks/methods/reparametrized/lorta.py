@@ -77,7 +77,8 @@ class LoRTATuner(Tuner):
     paper="Hounie et al., 2024, arXiv:2410.04060",
     kinds=("linear", "conv1d"),
     tuner=LoRTATuner,
-    learning_rate=5e-3,
+    learning_rate=3e-2,
+    tried=(3e-3, 1e-2, 3e-2),
     small={"head": 8},
 )
 class LoRTA(Config):

@@ -107,7 +107,8 @@ def check_block(size: int, most: int, what: str, site: Site) -> None:
     family="reparametrized/block",
     paper="Kang and Yin, 2024, arXiv:2409.15371",
     kinds=("linear", "conv1d", "conv2d"),
-    learning_rate=2e-5,
+    learning_rate=1e-3,
+    tried=(3e-4, 1e-3, 3e-3),
     small={"rank": 8},
 )
 class MiSS(Config):
@@ -135,7 +136,8 @@ class MiSS(Config):
     paper="Kang and Yin, 2024, arXiv:2409.15371",
     kinds=("linear", "conv1d"),
     tuner=BatTuner,
-    learning_rate=2e-5,
+    learning_rate=3e-3,
+    tried=(3e-4, 1e-3, 3e-3),
     small={"rank": 4},
 )
 class Bat(Config):

@@ -37,7 +37,8 @@ class NonlinearTuner(LoRATuner):
     paper="Si et al., 2024, arXiv:2407.05417",
     kinds=("linear", "conv1d"),
     tuner=NonlinearTuner,
-    learning_rate=1e-3,
+    learning_rate=1e-2,
+    tried=(1e-3, 3e-3, 1e-2),
 )
 class MPCN(LowRank):
     pass

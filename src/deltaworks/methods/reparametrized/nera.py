@@ -89,7 +89,8 @@ class NeRATuner(Tuner):
     paper="Deshmukh et al., 2024, arXiv:2411.13901",
     kinds=("linear", "conv1d"),
     tuner=NeRATuner,
-    learning_rate=1e-3,
+    learning_rate=3e-3,
+    tried=(1e-3, 3e-3, 1e-2),
 )
 class NeRA(Config):
     targets: str = option("linear", "the paper: attention.q,attention.k,attention.v,attention.o")

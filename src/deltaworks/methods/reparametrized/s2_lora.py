@@ -103,7 +103,8 @@ class SparseProcedure(Procedure):
     paper="Liu et al., 2023, arXiv:2309.11756",
     kinds=("linear", "conv1d", "conv2d", "embedding"),
     tuner=S2LoRATuner,
-    learning_rate=1e-3,
+    learning_rate=1e-2,
+    tried=(3e-3, 1e-2, 3e-2),
     small={"rank": 4},
 )
 class S2LoRA(Config):

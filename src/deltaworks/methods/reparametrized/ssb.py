@@ -62,7 +62,8 @@ class SSBTuner(SSLTuner):
     paper="Si et al., 2024, arXiv:2407.05417",
     kinds=("linear", "conv1d"),
     tuner=SSLTuner,
-    learning_rate=1e-3,
+    learning_rate=3e-2,
+    tried=(3e-3, 1e-2, 3e-2),
 )
 class SSL(Config):
     targets: str = option(TARGETS, "whose columns are scaled")
@@ -74,7 +75,8 @@ class SSL(Config):
     paper="Si et al., 2024, arXiv:2407.05417",
     kinds=("linear", "conv1d"),
     tuner=SSBTuner,
-    learning_rate=1e-3,
+    learning_rate=3e-2,
+    tried=(3e-3, 1e-2, 3e-2),
 )
 class SSB(Config):
     targets: str = option(TARGETS, "whose columns and rows are scaled")

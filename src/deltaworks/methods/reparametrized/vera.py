@@ -54,7 +54,8 @@ class VeRATuner(Tuner):
     paper="Kopiczko et al., 2023, arXiv:2310.11454",
     kinds=("linear", "conv1d", "conv2d", "embedding"),
     tuner=VeRATuner,
-    learning_rate=1e-2,
+    learning_rate=3e-2,
+    tried=(3e-3, 1e-2, 3e-2),
 )
 class VeRA(Config):
     targets: str = option("linear", "the paper: attention.q,attention.v")

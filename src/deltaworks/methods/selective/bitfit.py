@@ -37,6 +37,7 @@ class BitFitTuner(Tuner):
     paper="Ben Zaken et al., 2021, arXiv:2106.10199",
     kinds=("linear", "conv1d", "conv2d", "norm", "parameters"),
     learning_rate=3e-3,
+    tried=(1e-3, 3e-3, 1e-2),
     limits={"nothing": "none of the targets has a bias: add=true adds biases that start at zero, or choose 'ln'"},
 )
 class BitFit(Config):

@@ -93,7 +93,8 @@ class DiffProcedure(Choosing):
     paper="Guo et al., 2020, arXiv:2012.07463",
     kinds=("linear", "conv1d", "conv2d", "embedding", "norm", "parameters"),
     tuner=GatedTuner,
-    learning_rate=5e-5,
+    learning_rate=1e-4,
+    tried=(1e-4, 3e-4, 1e-3),
     small={"keep": 0.05},
 )
 class DiffPruning(Config):

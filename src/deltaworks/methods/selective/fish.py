@@ -44,6 +44,7 @@ class FishProcedure(Choosing):
     kinds=("linear", "conv1d", "conv2d", "embedding", "norm", "parameters"),
     tuner=EntriesTuner,
     learning_rate=1e-3,
+    tried=(1e-3, 3e-3, 1e-2),
     limits={"compile": "the entries of each adapter are others, so that switching compiles again"},
     small={"keep": 0.05},
 )

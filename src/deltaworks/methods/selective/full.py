@@ -19,6 +19,7 @@ from deltaworks.core.sites import Site
     paper="Devlin et al., 2018, arXiv:1810.04805",
     kinds=("linear", "conv1d", "conv2d", "embedding", "norm", "parameters"),
     learning_rate=1e-4,
+    tried=(1e-4, 3e-4, 1e-3),
 )
 class Full(Config):
     targets: str = option("all", "which modules to train in full; cross_attention.[qkvo] is attention tuning")

@@ -106,7 +106,8 @@ class GPSProcedure(Choosing):
     paper="Zhang et al., 2023, arXiv:2312.10136",
     kinds=("linear", "conv1d", "conv2d"),
     tuner=EntriesTuner,
-    learning_rate=1e-3,
+    learning_rate=3e-3,
+    tried=(1e-3, 3e-3, 1e-2),
     limits={"compile": "the entries of each adapter are others, so that switching compiles again"},
 )
 class GPS(Config):

@@ -19,6 +19,7 @@ from deltaworks.core.sites import Site
     paper="Alain and Bengio, 2016, arXiv:1610.01644",
     kinds=("linear", "conv1d", "conv2d", "embedding", "norm", "parameters"),
     learning_rate=1e-2,
+    tried=(3e-3, 1e-2, 3e-2),
 )
 class Head(Config):
     targets: str = option("head", "the output head; head,pooler also trains the pooler that stands before it")

@@ -98,7 +98,8 @@ class ID3Procedure(Growing):
     paper="Agarwal et al., 2024, arXiv:2408.14470",
     kinds=("linear", "conv1d", "conv2d", "embedding", "norm", "parameters"),
     tuner=PooledTuner,
-    learning_rate=1e-4,
+    learning_rate=3e-4,
+    tried=(3e-4, 1e-3, 3e-3),
     limits={"compile": "the entries of each adapter are others, so that switching compiles again"},
     small={"keep": 0.05},
 )

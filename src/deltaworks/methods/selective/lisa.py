@@ -93,7 +93,8 @@ class LisaProcedure(Procedure):
     family="selective",
     paper="Pan et al., 2024, arXiv:2403.17919",
     kinds=("linear", "conv1d", "conv2d", "embedding", "norm", "parameters"),
-    learning_rate=2e-5,
+    learning_rate=1e-4,
+    tried=(1e-4, 3e-4, 1e-3),
     small={"layers": 1},
 )
 class Lisa(Config):

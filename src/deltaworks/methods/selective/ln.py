@@ -57,6 +57,7 @@ def offset(site: Site) -> float:
     kinds=("norm",),
     tuner=NormTuner,
     learning_rate=3e-3,
+    tried=(3e-3, 1e-2, 3e-2),
 )
 class LN(Config):
     targets: str = option("norm", "which norms; all, the final one included")

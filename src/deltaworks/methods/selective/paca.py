@@ -69,6 +69,7 @@ class PaCATuner(Tuner):
     kinds=("linear", "conv1d"),
     tuner=PaCATuner,
     learning_rate=3e-3,
+    tried=(1e-3, 3e-3, 1e-2),
 )
 class PaCA(Config):
     targets: str = option("linear", "the paper: every linear layer of the blocks")

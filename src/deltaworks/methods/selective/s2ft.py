@@ -65,7 +65,8 @@ class S2FTTuner(Tuner):
     paper="Yang et al., 2024, arXiv:2412.06289",
     kinds=("linear", "conv1d"),
     tuner=S2FTTuner,
-    learning_rate=2e-4,
+    learning_rate=3e-4,
+    tried=(3e-4, 1e-3, 3e-3),
     limits={
         "compile": "the units of each adapter are others, so that switching compiles again",
         "nothing": "the shares leave not one unit: raise heads or channels",

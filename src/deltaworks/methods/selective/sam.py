@@ -62,7 +62,8 @@ class SAMProcedure(Choosing):
     paper="Fu et al., 2022, arXiv:2211.15583",
     kinds=("linear", "conv1d", "conv2d", "embedding", "norm", "parameters"),
     tuner=EntriesTuner,
-    learning_rate=1e-4,
+    learning_rate=3e-3,
+    tried=(1e-3, 3e-3, 1e-2),
     limits={"compile": "the entries of each adapter are others, so that switching compiles again"},
     small={"keep": 0.05},
 )

@@ -2,7 +2,6 @@
 
 Paper: High-Efficient Diffusion Model Fine-tuning with Progressive Sparse Low-Rank Adaptation, Hu et al., 2024,
 arXiv:2409.06633 (ICLR 2025).
-
 Formula: M = |P0| < theta for every parameter P0 (strictly, in float32); P = P0 + v on M with v [k] trained from 0.
 Every step adds lambda ||P * M||_* of one matrix at random, by its current values. After T steps the mask narrows to
 M' = M and |P| < theta: the other entries stay as they are then, and the optimizer's state starts again from zero.
@@ -130,6 +129,7 @@ def nuclear_norm(parameter: Tensor, entries: Entries) -> Tensor:
     kinds=("linear", "conv1d", "conv2d", "embedding", "norm", "parameters"),
     tuner=SaRATuner,
     learning_rate=default_rate(2e-3),
+    tried=(default_rate(2e-3), 1e-3, 3e-3),
     small={"threshold": 0.05, "above": 8},
 )
 class SaRA(Config):

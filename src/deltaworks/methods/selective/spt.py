@@ -104,6 +104,7 @@ class SPTProcedure(Choosing):
     paper="He et al., 2023, arXiv:2303.08566",
     kinds=("linear", "conv1d"),
     learning_rate=1e-3,
+    tried=(1e-3, 3e-3, 1e-2),
     limits={"compile": "what each adapter chose is another, so that switching compiles again"},
     small={"keep": 0.05, "rank": 2},
 )

@@ -81,6 +81,7 @@ class CompacterTuner(Tuner):
     paper="Karimi Mahabadi et al., 2021, arXiv:2106.04647",
     kinds=("sublayer",),
     learning_rate=1e-2,
+    tried=(3e-3, 1e-2, 3e-2),
     small={"width": 8},
 )
 class Compacter(AdapterConfig):
@@ -106,6 +107,7 @@ class Compacter(AdapterConfig):
     paper="Karimi Mahabadi et al., 2021, arXiv:2106.04647",
     kinds=("sublayer",),
     learning_rate=1e-2,
+    tried=(3e-3, 1e-2, 3e-2),
     small={"width": 8},
 )
 class CompacterPlusPlus(Compacter):

@@ -23,6 +23,7 @@ from deltaworks.methods.additive.adapters.bottleneck import AdapterConfig, Bottl
     paper="Houlsby et al., 2019, arXiv:1902.00751",
     kinds=("sublayer",),
     learning_rate=3e-3,
+    tried=(1e-3, 3e-3, 1e-2),
 )
 class Houlsby(AdapterConfig):
     init: str = option(

@@ -40,6 +40,7 @@ class ParallelTuner(Bottleneck):
     kinds=("sublayer",),
     tuner=ParallelTuner,
     learning_rate=3e-3,
+    tried=(1e-3, 3e-3, 1e-2),
 )
 class Parallel(AdapterConfig):
     targets: str = option("mlp", "the residual sub-layers that get an adapter; attention pays at tiny budgets only")

@@ -36,6 +36,7 @@ class PfeifferTuner(Bottleneck):
     kinds=("sublayer",),
     tuner=PfeifferTuner,
     learning_rate=3e-3,
+    tried=(1e-3, 3e-3, 1e-2),
 )
 class Pfeiffer(AdapterConfig):
     targets: str = option("mlp", "the residual sub-layers that get an adapter")

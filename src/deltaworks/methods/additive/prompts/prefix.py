@@ -120,6 +120,7 @@ class PrefixTuner(Tuner):
     tuner=PrefixTuner,
     identity=False,
     learning_rate=1e-3,
+    tried=(3e-4, 1e-3, 3e-3),
     small={"length": 4, "width": 16},
 )
 class Prefix(Config):
@@ -136,6 +137,7 @@ class Prefix(Config):
     tuner=FlatPrefixTuner,
     identity=False,
     learning_rate=1e-2,
+    tried=(3e-3, 1e-2, 3e-2),
     small={"length": 4},
 )
 class FlatPrefix(Config):

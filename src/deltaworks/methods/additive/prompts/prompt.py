@@ -55,6 +55,7 @@ class PromptTuner(Tuner):
     tuner=PromptTuner,
     identity=False,
     learning_rate=3e-2,
+    tried=(1e-2, 3e-2, 1e-1),
     limits={
         f"family:{family}": "it makes its embeddings itself, so no virtual tokens can stand before them"
         for family in ("vit", "clip", "whisper")

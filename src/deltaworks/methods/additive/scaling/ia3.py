@@ -50,6 +50,7 @@ class IA3Tuner(Tuner):
     kinds=("linear", "conv1d"),
     tuner=IA3Tuner,
     learning_rate=1e-2,
+    tried=(3e-3, 1e-2, 3e-2),
 )
 class IA3(Config):
     targets: str = option(

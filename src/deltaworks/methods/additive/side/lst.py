@@ -125,6 +125,7 @@ def _parts(cache: Any) -> list[Any]:
     tuner=LSTTuner,
     identity=False,
     learning_rate=3e-3,
+    tried=(3e-3, 1e-2, 3e-2),
     limits={
         f"family:{family}": "it needs a trunk that reads token embeddings" for family in ("vit", "clip", "whisper")
     },

@@ -93,7 +93,8 @@ class SNELLTuner(Tuner):
     kinds=("linear", "conv1d"),
     tuner=SNELLTuner,
     identity=False,
-    learning_rate=1e-3,
+    learning_rate=1e-2,
+    tried=(1e-3, 3e-3, 1e-2),
 )
 class SNELL(Config):
     targets: str = option("linear", "the paper: all linear layers of the blocks")

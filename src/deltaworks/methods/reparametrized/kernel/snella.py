@@ -71,7 +71,8 @@ class SNELLATuner(SNELLTuner):
     kinds=("linear", "conv1d"),
     tuner=SNELLATuner,
     identity=False,
-    learning_rate=1e-3,
+    learning_rate=1e-2,
+    tried=(1e-3, 3e-3, 1e-2),
     limits={"compile": "the number of entries of each adapter is another, so that switching compiles again"},
 )
 class SNELLA(SNELL):

@@ -73,7 +73,8 @@ class LinearBOFTTuner(BOFTTuner):
     family="reparametrized/orthogonal",
     paper="Liu et al., 2023, arXiv:2311.06243",
     kinds=("linear", "conv1d", "conv2d"),
-    learning_rate=1e-3,
+    learning_rate=1e-2,
+    tried=(1e-3, 3e-3, 1e-2),
 )
 class BOFT(Config):
     targets: str = option("linear", "the paper: attention projections, better every linear layer")

@@ -91,7 +91,8 @@ def closeness(U: Tensor) -> Tensor:
     family="reparametrized/orthogonal",
     paper="Yuan et al., 2024, arXiv:2405.17484",
     kinds=("linear", "conv1d", "conv2d"),
-    learning_rate=1e-3,
+    learning_rate=3e-3,
+    tried=(1e-3, 3e-3, 1e-2),
 )
 class HRA(Config):
     targets: str = option("linear", "the paper: attention and feed-forward layers")

@@ -86,6 +86,7 @@ class Projection(Procedure):
     paper="Qiu et al., 2023, arXiv:2306.07280",
     kinds=("linear", "conv1d", "conv2d"),
     learning_rate=1e-3,
+    tried=(1e-3, 3e-3, 1e-2),
 )
 class OFT(Config):
     targets: str = option("linear", "the paper: attention projections")

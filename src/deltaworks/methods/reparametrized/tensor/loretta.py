@@ -86,7 +86,8 @@ INIT = "zero: the last core of the second matrix is 0; random: the published cod
     paper="Yang et al., 2024, arXiv:2402.11417",
     kinds=("linear", "conv1d"),
     tuner=AdpTuner,
-    learning_rate=1e-4,
+    learning_rate=1e-2,
+    tried=(1e-3, 3e-3, 1e-2),
     small={"width": 8},
 )
 class LoRETTAAdp(Config):
@@ -103,7 +104,8 @@ class LoRETTAAdp(Config):
     paper="Yang et al., 2024, arXiv:2402.11417",
     kinds=("linear", "conv1d", "conv2d"),
     tuner=RepTuner,
-    learning_rate=1e-4,
+    learning_rate=1e-2,
+    tried=(1e-3, 3e-3, 1e-2),
 )
 class LoRETTARep(Config):
     targets: str = option("linear", "the paper: attention.q,attention.v")

@@ -111,7 +111,8 @@ class PenaltyProcedure(Procedure):
     paper="Tao et al., 2025, arXiv:2501.08727",
     kinds=("linear", "conv1d"),
     tuner=TransformTuner,
-    learning_rate=5e-4,
+    learning_rate=3e-3,
+    tried=(1e-3, 3e-3, 1e-2),
 )
 class TransformedLoRA(Config):
     targets: str = option("linear", "the paper: projections of the attention")

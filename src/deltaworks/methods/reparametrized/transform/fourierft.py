@@ -60,7 +60,8 @@ class FourierTuner(Tuner):
     paper="Gao et al., 2024, arXiv:2405.03003",
     kinds=("linear", "conv1d", "conv2d", "embedding"),
     tuner=FourierTuner,
-    learning_rate=3e-2,
+    learning_rate=3e-3,
+    tried=(3e-3, 1e-2, 3e-2),
     small={"frequencies": 64},
 )
 class FourierFT(Config):

@@ -82,7 +82,8 @@ class HUTTuner(Tuner):
     paper="Zhang et al., 2024, arXiv:2409.13501",
     kinds=("linear", "conv1d", "conv2d"),
     tuner=HUTTuner,
-    learning_rate=1e-3,
+    learning_rate=3e-3,
+    tried=(3e-4, 1e-3, 3e-3),
 )
 class HUT(Config):
     targets: str = option("linear", "the paper: projections of the attention")

@@ -108,7 +108,8 @@ class SAIDTuner(Tuner):
     paper="Aghajanyan et al., 2020, arXiv:2012.13255",
     kinds=("linear", "conv1d", "conv2d", "embedding", "norm", "parameters"),
     tuner=SAIDTuner,
-    learning_rate=3e-2,
+    learning_rate=3e-3,
+    tried=(3e-3, 1e-2, 3e-2),
     small={"dimension": 300},
 )
 class SAID(Config):

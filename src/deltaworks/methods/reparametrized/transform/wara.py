@@ -1,7 +1,6 @@
 """WaRA and Tiny-WaRA: a low-rank change of the wavelet bands of a weight's input and output.
 
 Paper: WaRA, Heidari et al., 2025, arXiv:2506.24092. Reconstructed from the abstracts and a figure, nothing else of it.
-
 Formula, with H the orthonormal wavelet transform (periodic, L levels, L + 1 bands), H_b its rows for band b:
 feature: W' = W + s sum_b H_out,b^T B_b A_b H_in,b; A_b [r, in_b], B_b [out_b, r], s = alpha / r.
 shared: one pair A, B for both bands (one level); with Haar W' = W + s (B A) (x) I_2.
@@ -125,7 +124,8 @@ class GainTuner(WaRATuner):
     family="reparametrized/transform",
     paper="Heidari et al., 2025, arXiv:2506.24092",
     kinds=("linear", "conv1d", "conv2d"),
-    learning_rate=1e-3,
+    learning_rate=1e-2,
+    tried=(1e-3, 3e-3, 1e-2),
     small={"rank": 4},
 )
 class WaRA(Config):
