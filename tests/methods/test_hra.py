@@ -110,6 +110,7 @@ def test_the_penalty_is_that_of_unit_columns() -> None:
     assert float(delta.procedure.loss(torch.tensor(3.0)).detach()) == pytest.approx(3.0, abs=1e-5)
     several = dw.attach(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 5)), "hra[rank=2,penalty=0.5]", targets="0,1")
     assert float(several.procedure.loss(torch.tensor(3.0)).detach()) == pytest.approx(5.0, abs=1e-5)  # each adds 1
+    assert several.procedure.details()["hra_overlap"] == pytest.approx({"0": 2.0, "1": 2.0}, abs=1e-5)
 
 
 def test_equals_peft() -> None:

@@ -138,6 +138,7 @@ def test_constrained_rotations_stay_near_the_identity() -> None:
     delta.procedure.stepped()
     norms = torch.linalg.matrix_norm(tuner.skew().detach())
     torch.testing.assert_close(norms, torch.tensor([0.25, 1e-3 * 56**0.5, 0.0, 0.0]))
+    assert delta.procedure.details()["oft_turned"] == pytest.approx({"0": (0.25**2 + 56e-6) ** 0.5}, rel=1e-4)
     _, tuner, delta = attached("oft[block=8,eps=0]")
     disturb(delta)
     delta.procedure.stepped()

@@ -80,6 +80,10 @@ class Orthogonality(Procedure):
         penalty = sum(closeness(tuner.unit()).to(loss.device) for tuner in tuners)
         return loss + self.config.penalty * penalty
 
+    def details(self) -> dict[str, Any]:
+        own: list[Any] = [item for item in self.delta.attached if item.tuner.config is self.config]
+        return {"hra_overlap": {item.key: float(closeness(item.tuner.unit().detach())) for item in own}}
+
 
 def closeness(U: Tensor) -> Tensor:
     """||I - U^T U||_F^2."""

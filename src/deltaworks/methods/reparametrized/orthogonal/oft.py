@@ -79,6 +79,10 @@ class Projection(Procedure):
                 radius = self.config.eps / tuner.slices**0.5  # type: ignore[operator]
                 tuner.triangle.mul_(radius / norm.clamp(min=radius))
 
+    def details(self) -> dict[str, Any]:
+        own: list[Any] = [item for item in self.delta.attached if item.tuner.config is self.config]
+        return {"oft_turned": {item.key: float(2**0.5 * item.tuner.triangle.detach().norm()) for item in own}}
+
 
 @method(
     "oft",
