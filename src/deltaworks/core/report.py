@@ -61,7 +61,7 @@ def report(delta: Delta, *, ranks: bool = False) -> Report:
     for item in delta.attached:
         row = rows.setdefault(item.place.role, Row(item.place.role))
         row.sites += 1
-        fresh = [p for p in item.tuner.parameters() if id(p) in trained - seen]
+        fresh = [p for p in item.tuner.parameters() if id(p) in trained and id(p) not in seen]
         seen.update(id(p) for p in fresh)
         trainable = sum(p.numel() for p in fresh)
         row.trainable += trainable

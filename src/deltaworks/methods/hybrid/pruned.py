@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from deltaworks.core.errors import UserError
 from deltaworks.core.forms import Tuner
+from deltaworks.methods.selective.entries import within
 
 
 class Kept(nn.Module):
@@ -91,7 +92,7 @@ def _kept_again(tuner: Tuner, tensors: Mapping[str, Tensor]) -> dict[str, Tensor
         index, values = (tensors.get(f"{prefix}.{part}") for part in ("index", "values"))
         if index is not None and values is not None:
             whole = index.dim() == 1 and index.shape == values.shape and not index.is_floating_point()
-            if not whole or bool((index.diff() <= 0).any()) or not _within(index, parameter.numel()):
+            if not whole or bool((index.diff() <= 0).any()) or not within(index, parameter.numel()):
                 raise UserError(f"{prefix!r} must hold values and their ascending positions below {parameter.numel()}")
             device = parameter.device
             parameter.__dict__["kept"] = Kept(index.to(device), values.to(device, torch.float32), parameter.shape)
@@ -100,7 +101,3 @@ def _kept_again(tuner: Tuner, tensors: Mapping[str, Tensor]) -> dict[str, Tensor
             keep(module, name, kept)
             tensors |= {f"{prefix}.index": kept.index, f"{prefix}.values": kept.values.detach()}
     return tensors
-
-
-def _within(index: Tensor, size: int) -> bool:
-    return not index.numel() or (int(index[0]) >= 0 and int(index[-1]) < size)

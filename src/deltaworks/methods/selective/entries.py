@@ -66,13 +66,14 @@ class EntriesTuner(Tuner):
             index, values = tensors[f"chosen.{name}.index"], tensors[f"chosen.{name}.values"]
             if index.dim() != 1 or index.shape != values.shape or not values.is_floating_point():
                 raise UserError(f"'index' and 'values' of {name!r} must be two lists of one length")
-            if index.is_floating_point() or bool((index.diff() <= 0).any()) or not _within(index, size):
+            if index.is_floating_point() or bool((index.diff() <= 0).any()) or not within(index, size):
                 raise UserError(f"'index' of {name!r} must hold ascending positions between 0 and {size - 1}")
             self.entries[key] = Entries(index.to(self.device), values.to(self.device, torch.float32))
         self.choose()
 
 
-def _within(index: Tensor, size: int) -> bool:
+def within(index: Tensor, size: int) -> bool:
+    """Whether ascending positions lie in a tensor of ``size`` entries."""
     return not index.numel() or (int(index[0]) >= 0 and int(index[-1]) < size)
 
 

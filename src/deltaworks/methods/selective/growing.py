@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from deltaworks.core.delta import Delta
 from deltaworks.core.errors import UserError
 from deltaworks.core.sites import Site
-from deltaworks.methods.selective.entries import Choosing, EntriesTuner, largest
+from deltaworks.methods.selective.entries import Choosing, EntriesTuner, largest, narrowed
 
 
 class Pool:
@@ -138,8 +138,8 @@ class Growing(Choosing):
         parts = zip(ends.tolist(), torch.searchsorted(ordered, ends).tolist(), strict=True)
         shared, low, start, seen = self.tuners()[0].entries, 0, 0, set()
         for (key, parameter), (end, high) in zip(self.parameters().items(), parts, strict=True):
-            narrow = torch.int32 if parameter.numel() < 2**31 else torch.int64
-            shared[key] = Opened(self.pool, (ordered[low:high] - start).to(narrow), order[low:high])
+            index = narrowed(ordered[low:high] - start, parameter.numel())
+            shared[key] = Opened(self.pool, index, order[low:high])
             low, start = high, end
         for tuner in self.tuners():
             tuner.choose()
