@@ -119,17 +119,28 @@ def test_tune_then_info_then_merge(call: Call, recipe: Path, tmp_path: Path) -> 
     status, out, err = call("merge", folder, "--out", tmp_path / "merged")
     assert status == 0, err
     assert "largest output difference" in out
+    check_transformers_reads(tmp_path / "merged", folder)
+
+
+def check_transformers_reads(merged: Path, adapter: Path) -> None:
+    """The merged folder gives the outputs of the classifier with its adapter."""
     import tiny_models
     import transformers
 
-    adapted, merged = (
-        tiny_models.classifier(),
-        transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged"),
-    )
-    dw.load(adapted, folder)
+    base, read = tiny_models.classifier(), transformers.AutoModelForSequenceClassification.from_pretrained(merged)
+    dw.load(base, adapter)
     tokens = torch.arange(3, 23).view(2, 10)
     with torch.no_grad():
-        torch.testing.assert_close(merged.eval()(tokens).logits, adapted(tokens).logits, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(read.eval()(tokens).logits, base(tokens).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_merged_model_that_was_pruned_has_files_that_transformers_reads(
+    call: Call, recipe: Path, tmp_path: Path
+) -> None:
+    status, _, err = call("tune", recipe, "steps=10", "method=lora[rank=2]+light-peft[estimate=4, heads=0]")
+    assert (status, err) == (0, "")
+    assert call("merge", tmp_path / "out", "--out", tmp_path / "merged")[0] == 0
+    check_transformers_reads(tmp_path / "merged", tmp_path / "out")
 
 
 def test_merge_of_a_model_that_transformers_does_not_know(call: Call, recipe: Path, tmp_path: Path) -> None:

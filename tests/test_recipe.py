@@ -29,6 +29,8 @@ def test_the_rates_of_the_search_follow_the_method() -> None:
     own = find("lora").learning_rate
     recipe = parse_recipe({"method": "lora", "factors": [3, 0.5, 1]})
     assert recipe.tried_rates(recipe.config()) == [0.5 * own, own, 3 * own]
+    wider = parse_recipe({"method": "lora", "tried": True, "factors": [2]})
+    assert wider.tried_rates(wider.config()) == [2 * rate for rate in sorted({own, *recipe.config().tried})]
     assert parse_recipe({"rates": [1, 2, 2]}).tried_rates(configure("lora")) == [1, 2]
     head = configure("head")
     assert parse_recipe({"head_rate": 0.5}).tried_rates(head) == [0.5]

@@ -97,6 +97,11 @@ class Cut:
             setattr(self.model.get_submodule(path), name, value)
         self._aside, self._counts = {}, []
 
+    def fill(self) -> None:
+        """Give the model its whole shape again with zeros for the removed units, which changes no output."""
+        self._aside = {key: torch.zeros_like(aside) for key, aside in self._aside.items()}
+        self.undo()
+
 
 def _others(index: Tensor, count: int) -> Tensor:
     """The positions below ``count`` that are not in ``index``."""

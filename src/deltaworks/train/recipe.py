@@ -42,7 +42,7 @@ class Recipe(BaseModel):
         None, description="learning rates to try; default: factors of the method's own"
     )
     factors: list[Positive] = Field([1.0], min_length=1, description="multiples of the method's own rate to try")
-    tried: bool = Field(False, description="try the rates that the method's own was chosen from")
+    tried: bool = Field(False, description="multiples of all rates that the method's own was chosen from")
     head_rate: Positive | None = Field(None, description="rate of a fresh head; default: that of the method")
     weight_decay: float = Field(0.0, ge=0)
     warmup: float = Field(0.06, ge=0, lt=1, description="fraction of the steps in which the rate rises")
@@ -99,10 +99,13 @@ class Recipe(BaseModel):
         # a method that is made of others has a rate of its own; several methods take that of the slowest
         decides = config if config.name else min(config.parts(), key=lambda part: part.learning_rate)
         if self.tried:
-            return sorted({decides.learning_rate, *decides.tried})
+            own = {decides.learning_rate, *decides.tried}
         # what trains the head alone is held to the rate that every other method trains it with
-        own = self.head_rate if self.head_rate and decides.targets == "head" else decides.learning_rate
-        return sorted({own * factor for factor in self.factors})
+        elif self.head_rate and decides.targets == "head":
+            own = {self.head_rate}
+        else:
+            own = {decides.learning_rate}
+        return sorted({rate * factor for rate in own for factor in self.factors})
 
 
 def parse_recipe(values: Mapping[str, Any], source: str = "the recipe") -> Recipe:

@@ -132,7 +132,10 @@ def merge(adapter: Path, out: Path, source: str | None = None) -> float:
     probe = task.encode(data.test[:8])
     stage = Stage(recipe, delta.config, data, loaded, task, torch.device("cpu"), [], [], probe)
     before = output_of(stage)
+    cut = delta.cut
     delta.merge(keep_base=False)
+    if cut is not None:
+        cut.fill()  # the model's configuration, by which others load the files, knows its whole sizes alone
     after = output_of(stage)
     difference = float((before.double() - after.double()).abs().max())
     scale = float(before.double().abs().max())

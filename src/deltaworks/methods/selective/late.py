@@ -41,7 +41,7 @@ class LateModule(Tuner):
             self.fill(tensors, self.shapes)
 
 
-class LowRank(LateModule):
+class Beside(LateModule):
     """``U D`` beside the weight."""
 
     D: Tensor

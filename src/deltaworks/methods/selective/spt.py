@@ -29,7 +29,7 @@ from deltaworks.core.procedure import Procedure, Run
 from deltaworks.core.registry import Config, method, option
 from deltaworks.core.sites import Site
 from deltaworks.methods.selective.entries import Choosing, EntriesTuner
-from deltaworks.methods.selective.late import Behind, LowRank
+from deltaworks.methods.selective.late import Behind, Beside
 
 
 class SPTProcedure(Choosing):
@@ -132,7 +132,7 @@ class SPT(Config):
     def tuner(self, site: Site) -> Tuner:
         if self.part == "entries":
             return EntriesTuner(site)
-        return (LowRank if self.module == "lora" else Behind)(site, self.rank)
+        return (Beside if self.module == "lora" else Behind)(site, self.rank)
 
     def procedure(self, delta: Delta) -> Procedure | None:
         if self.part == "entries":

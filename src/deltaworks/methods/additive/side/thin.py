@@ -1,7 +1,7 @@
 """A thin copy of a trunk: the same architecture with fewer features, cut out of the original's weights.
 
 Structural pruning by weight norm, as LST starts its side network (Sung et al., 2022, arXiv:2206.06522, section 3.3):
-the features of the residual stream, of each head and of each feed-forward layer that carry the largest weights stay.
+the features of the residual stream, of each head and of each feed-forward layer that carry the strongest weights stay.
 """
 
 import copy
@@ -108,11 +108,11 @@ def thin_config(config: Any, reduction: int, kept: Sequence[int]) -> Any:
 
 
 def prune(site: Site, side: nn.Module, found: Anatomy, kept: Sequence[int]) -> None:
-    """Fill the thin copy with the rows and columns of the largest squared norm."""
+    """Fill the thin copy with the rows and columns of the strongest squared norm."""
     config: Any = site.module.config
     width = next(place for place in found.places if place.role == "mlp.down")
     narrow = matrix(side, width).shape[0]
-    stream = site.shared(("stream", narrow), lambda: largest(stream_scores(site), narrow))
+    stream = site.shared(("stream", narrow), lambda: strongest(stream_scores(site), narrow))
     ours = [place for place in site.anatomy.places if place.stack == site.place.stack]
     targets = {(place.block, place.role): place for place in found.places if place.kind != "trunk"}
     with torch.no_grad():
@@ -168,8 +168,8 @@ def energy(weight: Tensor, dim: int) -> Tensor:
     return weight.float().square().sum(dim)
 
 
-def largest(scores: Tensor, count: int) -> Tensor:
-    """Positions of the largest scores along the last dimension, ascending."""
+def strongest(scores: Tensor, count: int) -> Tensor:
+    """Positions of the strongest scores along the last dimension, ascending."""
     return scores.topk(count, dim=-1).indices.sort(dim=-1).values
 
 
@@ -197,11 +197,11 @@ def head_cuts(model: nn.Module, places: dict[str, Place], section: str, heads: i
     read = energy(q, 1).view(shared, group, size).sum(1) + energy(k, 1).view(shared, size)
     carried = energy(v, 1).view(shared, size) + energy(o, 0).view(shared, group, size).sum(1)
     if size % 2 == 0 and thin % 2 == 0:
-        half = largest(read.view(shared, 2, size // 2).sum(1), thin // 2)
+        half = strongest(read.view(shared, 2, size // 2).sum(1), thin // 2)
         matched = torch.cat([half, half + size // 2], dim=1)
     else:
-        matched = largest(read, thin)
-    passed = largest(carried, thin)
+        matched = strongest(read, thin)
+    passed = strongest(carried, thin)
     start = torch.arange(heads, device=q.device)[:, None] * size
 
     def rows(chosen: Tensor, repeats: int) -> Tensor:
@@ -221,5 +221,5 @@ def inner_cuts(model: nn.Module, places: dict[str, Place], thin: int) -> Cuts:
     scores = energy(matrix(model, places["mlp.down"]), 0)
     for role in into:
         scores = scores + energy(matrix(model, places[role]), 1)
-    units = largest(scores, thin)
+    units = strongest(scores, thin)
     return dict.fromkeys(into, (units, None)) | {"mlp.down": (None, units)}
