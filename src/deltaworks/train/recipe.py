@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -13,6 +13,7 @@ from deltaworks.core.registry import Config, configure
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Whole = Annotated[int, Field(ge=1)]
+Settings = TypeVar("Settings", bound=BaseModel)
 
 
 class Recipe(BaseModel):
@@ -110,11 +111,16 @@ class Recipe(BaseModel):
 
 def parse_recipe(values: Mapping[str, Any], source: str = "the recipe") -> Recipe:
     """A checked recipe. Raises UserError that names the wrong key with the nearest right one, or the wrong value."""
+    return parse(Recipe, values, source)
+
+
+def parse(kind: type[Settings], values: Mapping[str, Any], source: str) -> Settings:
+    """Settings of any kind, checked as a recipe is; ``source`` is what errors call the place they come from."""
     for key in values:
-        if key not in Recipe.model_fields:
-            raise UserError(f"{source} has no key {key!r}: {nearest(str(key), Recipe.model_fields)}")
+        if key not in kind.model_fields:
+            raise UserError(f"{source} has no key {key!r}: {nearest(str(key), kind.model_fields)}")
     try:
-        return Recipe(**values)
+        return kind(**values)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
@@ -146,24 +152,25 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         UserError: the file is missing, is not YAML (names the line), or holds a wrong key or value.
     """
+    source = f"the recipe {str(path)!r}"
+    return parse_recipe(read_settings(path, source) | parse_overrides(overrides), source)
+
+
+def read_settings(path: str | Path, source: str) -> dict[str, Any]:
+    """The lines of a YAML file, unchecked. Raises UserError where it is missing or holds something else."""
     import yaml
 
-    place = Path(path)
     try:
-        text = place.read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = (error.strerror or "") if isinstance(error, OSError) else "it is not a text file"
-        raise UserError(f"the recipe {str(place)!r} cannot be read: {reason.lower() or error}") from None
+        raise UserError(f"{source} cannot be read: {reason.lower() or error}") from None
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" in line {mark.line + 1}" if mark is not None else ""
-        raise UserError(f"the recipe {str(place)!r} is not YAML{where}: {getattr(error, 'problem', error)}") from None
-    if values is None:
-        values = {}
-    if not isinstance(values, dict):
-        raise UserError(
-            f"the recipe {str(place)!r} must hold lines such as 'model: minilm', not a {type(values).__name__}"
-        )
-    return parse_recipe(values | parse_overrides(overrides), f"the recipe {str(place)!r}")
+        raise UserError(f"{source} is not YAML{where}: {getattr(error, 'problem', error)}") from None
+    if not isinstance(values, dict | None):
+        raise UserError(f"{source} must hold lines such as 'model: minilm', not a {type(values).__name__}")
+    return values or {}
