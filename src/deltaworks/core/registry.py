@@ -204,10 +204,10 @@ def configure(spec: str | Config, **options: Any) -> Config:
     Values that hold brackets, commas, plus signs or spaces stand in quotes, in which a doubled quote is a quote:
     ``"lora[targets='re:.*[qv]_proj']"``. ``options`` go before what stands in the brackets. Raises UserError.
     """
-    if isinstance(spec, Composition) or (isinstance(spec, str) and len(_split(spec, "+")) > 1):
+    if isinstance(spec, Composition) or (isinstance(spec, str) and len(split(spec, "+")) > 1):
         if options:
             raise UserError(f"'{spec}' is several methods: give options inside the brackets of the one they belong to")
-        return spec if isinstance(spec, Config) else Composition(members=[configure(s) for s in _split(spec, "+")])
+        return spec if isinstance(spec, Config) else Composition(members=[configure(s) for s in split(spec, "+")])
     if isinstance(spec, Config):
         return _replaced(spec, options) if options else spec
     if not isinstance(spec, str) or not spec.strip():
@@ -323,7 +323,7 @@ def _parse(part: str) -> tuple[str, dict[str, Any]]:
     if bracket and not rest.endswith("]"):
         raise UserError(f"method {part!r} lacks its closing bracket at the end: write it as 'lora[rank=16]'")
     words: dict[str, Any] = {}
-    for item in _split(rest[:-1], ",") if rest[:-1].strip() else []:
+    for item in split(rest[:-1], ",") if rest[:-1].strip() else []:
         key, equals, value = (piece.strip() for piece in item.partition("="))
         if not equals or not value:
             raise UserError(f"option {item!r} of {name!r} has no value: write it as 'rank=16'")
@@ -344,7 +344,7 @@ def _unquoted(value: str) -> str:
     return _Quoted(value[1:-1].replace(2 * quote, quote))
 
 
-def _split(text: str, mark: str) -> list[str]:
+def split(text: str, mark: str) -> list[str]:
     """Split at ``mark`` outside brackets and quotes. Raises UserError where these do not pair up."""
     items, depth, quote, current = [], 0, "", ""
     for letter in text:
