@@ -122,7 +122,10 @@ def test_a_killed_comparison_continues_where_it_was(letters: Path, tmp_path: Pat
 def test_an_interruption_keeps_what_is_finished_and_says_how_to_go_on(letters: Path, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     words = command(letters, folder, "head,lora[rank=2]", steps=1500)
-    process = subprocess.Popen(words, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        words, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # what a shell runs in the background is deaf
+    )  # fmt: skip
     wait_for_record(folder, process)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
