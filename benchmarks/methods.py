@@ -29,8 +29,9 @@ from deltaworks.core.procedure import Run
 from deltaworks.core.registry import configure, registry
 from deltaworks.store.records import Record, read_records
 from deltaworks.train import measure
-from deltaworks.train.loop import Batches, Stage, parameter_groups, prepare
+from deltaworks.train.fitting import parameter_groups
 from deltaworks.train.recipe import Recipe
+from deltaworks.train.stage import Batches, Stage, prepare
 
 RESULTS = Path(__file__).parent / "results"
 ENCODER: dict[str, Any] = {
@@ -92,7 +93,9 @@ def score(
     decoder = model is not None
     base = DECODER | {"model": str(model)} if decoder else ENCODER
     rows = {"data": str(data / name / "train.jsonl.gz"), "test": str(data / name / "test.jsonl.gz")}
-    protocol = Protocol(name, "", specs(decoder, methods), tuple(range(seeds)), workers, recipe=base | rows)
+    protocol = Protocol(
+        name=name, methods=specs(decoder, methods), seeds=tuple(range(seeds)), workers=workers, settings=base | rows
+    )
     compare(protocol, out / name)
     write(name, [summary(runs) for runs in by_method(read_records(out / name / "records"), base)])
 

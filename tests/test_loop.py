@@ -12,8 +12,12 @@ import deltaworks as dw
 from deltaworks.core.errors import UserError
 from deltaworks.store.records import Record
 from deltaworks.train import measure
-from deltaworks.train.loop import Attempt, Stage, choose, fit, linear_decay, parameter_groups, prepare, train
+from deltaworks.train.examine import examine
+from deltaworks.train.fitting import Attempt, fit, linear_decay, parameter_groups
+from deltaworks.train.loop import train
 from deltaworks.train.recipe import parse_recipe
+from deltaworks.train.search import choose, search
+from deltaworks.train.stage import Stage, prepare
 
 
 @pytest.fixture
@@ -127,8 +131,6 @@ def test_the_head_is_counted_once_and_apart(letters: dict[str, Any], method: str
 
 def run_stage(stage: Stage) -> dict[str, Any]:
     import tempfile
-
-    from deltaworks.train.loop import examine, search
 
     with tempfile.TemporaryDirectory() as folder:
         search(stage, Path(folder) / "adapter", lambda event: None)

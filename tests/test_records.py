@@ -107,6 +107,11 @@ def test_numbers_of_arrays_and_foreign_objects_are_taken_as_they_read(tmp_path: 
         {"peak_memory_bytes": -5},
         {"unknown_field": 1},
         {"test": {"score": 0.5, "correct": "01x"}},
+        {"test": {"score": 0.5, "values": [0.25, 0.5]}},
+        {"test": {"score": 0.5, "values": [0.5, 0.5], "weights": [1.0]}},
+        {"test": {"score": 0.5, "values": [0.5], "weights": [-1.0]}},
+        {"test": {"score": 0.5, "values": [0.5], "weights": [0.0]}},
+        {"learning_rates": [{"rate": 1e-3, "stopped_at": -1}]},
         {"started": "yesterday"},
     ],
 )
@@ -154,6 +159,28 @@ def test_no_folder_is_a_mistake_and_an_empty_one_is_not(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no records"):
         read_records(tmp_path / "absent")
     assert read_records(tmp_path) == []
+
+
+def test_a_score_is_the_weighted_mean_of_its_values() -> None:
+    assert Score(score=1 / 3, values=[0.25, 0.5, 1.0], weights=[4, 2, 0]).weights == [4, 2, 0]
+    assert Score(score=0.5, values=[0.25, 0.5, 0.75]).weights == []
+    with pytest.raises(ValidationError, match=r"0\.5 is not the weighted mean of the values, 0\.4"):
+        Score(score=0.5, values=[0.25, 0.5], weights=[2, 3])
+    with pytest.raises(ValidationError, match="1 weights do not fit 2 values"):
+        Score(score=0.5, values=[0.5, 0.5], weights=[1])
+
+
+def test_records_from_before_a_field_was_known_are_read(tmp_path: Path) -> None:
+    record = a_record(test=Score(score=0.5, correct="01"))
+    content = json.loads(record.write(tmp_path).read_text())
+    for name in ("forgetting", "forgetting_text", "searched_on"):
+        del content[name]
+    for trial in content["learning_rates"]:
+        del trial["stopped_at"]
+    del content["test"]["values"], content["test"]["weights"]
+    (tmp_path / f"{record.run_id}.json").write_text(json.dumps(content))
+    assert read_records(tmp_path) == [record]
+    assert (record.forgetting, record.searched_on, record.learning_rates[0].stopped_at) == (None, None, None)
 
 
 def test_every_field_survives_the_json_schema() -> None:

@@ -100,8 +100,8 @@ def test_causal_scores_by_hand():
     encoded = task.encode([{"prompt": "a", "target": "bcd"}, {"prompt": "a", "target": "zz"}])
     scores = task.evaluate(Successor(), encoded, batch_size=1)
     assert scores["metric"] == "token accuracy"
-    assert scores["tokens"] == [4, 3]
-    assert scores["correct"] == [2 / 4, 0.0]
+    assert scores["weights"] == [4, 3]
+    assert scores["values"] == [2 / 4, 0.0]
     assert scores["score"] == pytest.approx(2 / 7)
     assert scores["loss"] == pytest.approx(20 * 5 / 7, rel=1e-4)
     assert scores["perplexity"] == pytest.approx(math.exp(scores["loss"]))
@@ -114,10 +114,10 @@ def test_scores_do_not_depend_on_the_batch_size_or_the_order():
     rows = [{"prompt": "a" * (k % 7 + 1), "target": "bcdefghijk"[: k % 5 + 1]} for k in range(23)]
     encoded = task.encode(rows)
     one, other = (task.evaluate(Successor(), encoded, size) for size in (1, 8))
-    assert one["correct"] == other["correct"]
+    assert one["values"] == other["values"]
     assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
     backwards = task.evaluate(Successor(), encoded[::-1], 4)
-    assert backwards["correct"] == one["correct"][::-1]
+    assert backwards["values"] == one["values"][::-1]
 
 
 def test_class_scores_by_hand():
@@ -154,7 +154,7 @@ def test_a_loss_that_is_no_number_stays_visible():
     scores = task.evaluate(model, encoded)
     assert math.isnan(scores["loss"])
     assert math.isnan(scores["perplexity"])
-    assert scores["correct"] == [0.0]
+    assert scores["values"] == [0.0]
     assert math.isnan(token_scores([{"right": 0, "tokens": 0, "loss": 0.0}])["score"])
 
 
@@ -174,7 +174,7 @@ def test_evaluation_restores_every_mode_and_keeps_no_gradients():
     model.frozen.eval()
     task = make_task("causal", Letters())
     encoded = task.encode([{"prompt": "a", "target": "bcd"}])
-    assert task.evaluate(model, encoded)["correct"] == [0.5]
+    assert task.evaluate(model, encoded)["values"] == [0.5]
     assert (model.training, model.dropout.training, model.frozen.training) == (True, True, False)
     with pytest.raises(UserError, match="nothing to evaluate"):
         task.evaluate(model, [])
@@ -236,7 +236,7 @@ def test_seq2seq_with_a_random_t5():
     scores = task.evaluate(model, encoded, batch_size=3)
     assert scores["score"] > 0.9
     assert scores["metric"] == "token accuracy"
-    assert sum(scores["tokens"]) == sum(len(example["labels"]) for example in encoded)
+    assert sum(scores["weights"]) == sum(len(example["labels"]) for example in encoded)
 
 
 # --- real models on real data
@@ -313,6 +313,7 @@ def test_one_step_on_real_data(name, model, head):
     scores = task.evaluate(loaded.model, test, 8)
     assert 0 <= scores["score"] <= 1
     assert math.isfinite(scores["loss"])
-    assert len(scores["correct"]) == 12
-    if data.task != "causal":
-        assert scores["score"] == pytest.approx(sum(scores["correct"]) / 12)
+    values = scores["values" if data.task == "causal" else "correct"]
+    weights = scores.get("weights", [1] * 12)
+    assert len(values) == len(weights) == 12
+    assert scores["score"] == pytest.approx(sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights))

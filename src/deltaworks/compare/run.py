@@ -1,4 +1,4 @@
-"""A comparison: a protocol planned, checked, run in processes, and shown."""
+"""A comparison: a protocol planned, checked, run somewhere, and shown."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ from pathlib import Path
 
 from rich.console import Console
 
-from deltaworks.compare.jobs import Crew, Job
+from deltaworks.compare.jobs import Crew, Engine, Job
 from deltaworks.compare.live import Live, summary
 from deltaworks.compare.protocols import Protocol
 from deltaworks.core.delta import attach
-from deltaworks.core.errors import UserError
+from deltaworks.core.errors import UserError, nearest
 from deltaworks.store.files import check_writable
 from deltaworks.store.records import Record
 from deltaworks.train.data import Data
-from deltaworks.train.loop import read_data, steps_of
 from deltaworks.train.models import load_model
-from deltaworks.train.prepared import write_prepared
 from deltaworks.train.recipe import Recipe
 from deltaworks.train.recording import facts_of
+from deltaworks.train.stage import read_data, steps_of
+
+ENGINES = ("local", "ray")
 
 
 @dataclass
@@ -32,42 +33,79 @@ class Outcome:
 
 
 def compare(
-    protocol: Protocol, folder: str | Path, *, console: Console | None = None, keep_adapters: bool = False
+    protocol: Protocol,
+    folder: str | Path,
+    *,
+    engine: str = "local",
+    console: Console | None = None,
+    keep_adapters: bool = False,
 ) -> Outcome:
     """Run what is missing of a protocol in ``folder``, then write and show the report.
 
-    Every run is a process of its own. Runs whose records are there are not made again, so an interrupted
-    comparison continues where it was. Raises UserError before any run starts for what the user can mend, and
-    KeyboardInterrupt, with nothing finished lost, when interrupted.
+    Every run has a process of its own, on this machine (``engine="local"``) or on a Ray cluster (``"ray"``). Runs whose
+    records are there are not made again, so an interrupted comparison continues where it was. Raises UserError before
+    any run starts for what the user can mend, and KeyboardInterrupt, with nothing finished lost, when interrupted.
     """
     console = console or Console()
     place = check_writable(folder)
-    recipes = protocol.recipes()
-    with console.status("reading the data and the model, and trying every method on it"):
-        data = read_data(recipes[0])
-        jobs = plan(recipes, data)
-        prepared = write_prepared(data, place / "data.json")
-    for note in data.notes:
-        console.print(f"[dim]{note}[/dim]", highlight=False)
-    crew = Crew(place, protocol.workers, prepared, keep_adapters, protocol.run_seconds)
+    worlds = protocol.recipes()
+    if engine not in ENGINES:
+        raise UserError(f"the engine {engine!r} is unknown: {nearest(engine, ENGINES)}")
+    with console.status("reading the data and the models, and trying every method on them"):
+        jobs = plan_all(worlds, console)
+    crew = Crew(place, protocol.run_seconds)
     for job in jobs:
         job.record = crew.finished(job)
     missing = [job for job in jobs if job.record is None]
     if len(missing) < len(jobs):
         console.print(f"{len(jobs) - len(missing)} of {len(jobs)} runs are finished already")
-    try:
-        with Live(console, jobs) as live:
-            crew.run(missing, live.hear)
-    except KeyboardInterrupt:
-        done = sum(crew.finished(job) is not None for job in jobs)
-        console.print(f"stopped: {done} of {len(jobs)} runs are finished and kept; the same command runs the rest")
-        raise
+    if missing:
+        try:
+            with Live(console, jobs) as live:
+                crew.run(missing, engine_of(engine, place, protocol.workers, keep_adapters), live.hear)
+        except KeyboardInterrupt:
+            done = sum(crew.finished(job) is not None for job in jobs)
+            console.print(f"stopped: {done} of {len(jobs)} runs are finished and kept; the same command runs the rest")
+            raise
     from deltaworks.compare.report import write_report
 
     page = write_report(place)
     records = [job.record for job in jobs if job.record is not None]
     summary(console, records, page)
     return Outcome(page, records)
+
+
+def engine_of(name: str, folder: Path, workers: int, keep_adapters: bool) -> Engine:
+    """The engine of this name. Raises UserError where its library is missing."""
+    if name == "ray":
+        from deltaworks.compare.cluster import Cluster
+
+        return Cluster(folder, workers, keep_adapters=keep_adapters)
+    from deltaworks.compare.processes import Processes
+
+    return Processes(folder, workers, keep_adapters=keep_adapters)
+
+
+def plan_all(worlds: Sequence[Sequence[Recipe]], console: Console) -> list[Job]:
+    """The jobs of all worlds, in order; data that several worlds share are read once."""
+    jobs: list[Job] = []
+    read: list[tuple[Recipe, Data]] = []
+    for recipes in worlds:
+        data = next((data for other, data in read if same_data(other, recipes[0])), None)
+        if data is None:
+            data = read_data(recipes[0])
+            read.append((recipes[0], data))
+            for note in data.notes:
+                start = f"{data.name}: " if len(worlds) > 1 else ""
+                console.print(f"[dim]{start}{note}[/dim]", highlight=False)
+        jobs += plan(recipes, data)
+    return jobs
+
+
+def same_data(one: Recipe, other: Recipe) -> bool:
+    """Whether two recipes read the same rows in the same splits."""
+    fields = {"data", "task", "columns", "test", "limit", "limit_per_class", "test_limit", "validation", "data_seed"}
+    return one.model_dump(include=fields) == other.model_dump(include=fields)
 
 
 def plan(recipes: Sequence[Recipe], data: Data) -> list[Job]:
@@ -77,6 +115,7 @@ def plan(recipes: Sequence[Recipe], data: Data) -> list[Job]:
     loaded = load_model(first.model, data.task, labels=data.labels, dtype=first.dtype, image_shape=shape)
     loaded.model.to("meta")
     jobs: dict[str, Job] = {}
+    searchers: dict[tuple[str, int], Job] = {}
     fitting: set[str] = set()
     for recipe in recipes:
         config = recipe.config()
@@ -87,5 +126,7 @@ def plan(recipes: Sequence[Recipe], data: Data) -> list[Job]:
                 raise UserError(f"{recipe.method}: {error}") from None
             fitting.add(recipe.method)
         facts = facts_of(recipe, config, data, loaded, steps_of(recipe, len(data.train)))
-        jobs.setdefault(facts["run_id"], Job(facts["run_id"], recipe, facts))
+        searcher = None if recipe.searched_on is None else searchers[recipe.method, recipe.searched_on]
+        job = jobs.setdefault(facts["run_id"], Job(facts["run_id"], recipe, facts, data, searcher))
+        searchers[recipe.method, recipe.seed] = job
     return list(jobs.values())

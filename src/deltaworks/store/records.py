@@ -5,6 +5,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from operator import mul
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -93,7 +94,8 @@ class Trial(_Part):
     """One learning rate that was tried; the score is None where the run diverged."""
 
     rate: Rate
-    score: float | None = None
+    score: float | None = Field(default=None, description="on validation rows, after the last step that was made")
+    stopped_at: Count | None = Field(default=None, description="step at which the search gave it up; null: at none")
 
 
 class CurvePoint(_Part):
@@ -112,7 +114,11 @@ class Validation(_Part):
 
 
 class Score(_Part):
-    """The score on the test split, read once with the final weights."""
+    """The score on the test split, read once with the final weights.
+
+    Single test examples, in data order, are in ``correct`` where each is right or wrong, else in ``values`` and
+    ``weights``: the score is the mean of the values weighted so, as the share of right tokens by the number of tokens.
+    """
 
     metric: str = "accuracy"
     score: float | None = None
@@ -122,6 +128,20 @@ class Score(_Part):
         pattern=r"^[01]*$",
         description="1 for each test example answered right, in data order",
     )
+    values: list[float] = Field(default_factory=list, description="score of each test example, where not 0 or 1")
+    weights: list[Amount] = Field(default_factory=list, description="of the values; empty: all the same")
+
+    @model_validator(mode="after")
+    def _agrees(self) -> "Score":
+        if self.weights and len(self.weights) != len(self.values):
+            raise ValueError(f"{len(self.weights)} weights do not fit {len(self.values)} values")
+        if self.values and self.score is not None:
+            weights = self.weights or [1.0] * len(self.values)
+            total = sum(weights)
+            mean = sum(map(mul, self.values, weights)) / total if total else math.nan
+            if not math.isclose(mean, self.score, rel_tol=1e-5, abs_tol=1e-5):
+                raise ValueError(f"the score {self.score:g} is not the weighted mean of the values, {mean:g}")
+        return self
 
 
 class Record(_Part):
@@ -159,6 +179,7 @@ class Record(_Part):
     learning_rates: list[Trial] = Field(default_factory=list)
     learning_rate: Rate | None = None
     learning_rate_split: str = Field(default="", description="the split the learning rate was chosen on")
+    searched_on: int | None = Field(default=None, description="seed whose run chose the rate; null: this run did")
     steps: Count
     epochs: Amount | None = None
     batch_size: Annotated[int, Field(ge=1)]
@@ -181,6 +202,10 @@ class Record(_Part):
     hardware: str = ""
     versions: dict[str, str] = Field(default_factory=dict)
     merge_error: Amount | None = Field(default=None, description="largest output difference after merging")
+    forgetting: float | None = Field(
+        default=None, description="rise of the mean loss, in nats per token, on text that was not trained on"
+    )
+    forgetting_text: str = Field(default="", description="that text, and how much of it was read")
 
     data: DataFacts
     started: AwareDatetime | None = None

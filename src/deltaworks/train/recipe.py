@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -44,6 +45,9 @@ class Recipe(BaseModel):
     )
     factors: list[Positive] = Field([1.0], min_length=1, description="multiples of the method's own rate to try")
     tried: bool = Field(False, description="multiples of all rates that the method's own was chosen from")
+    search: Literal["grid", "halving"] = Field("grid", description="halving stops bad rates early (optuna)")
+    searched_on: int | None = Field(None, ge=0, description="seed whose run chooses the rate for this one")
+    chosen_rate: Positive | None = Field(None, description="the rate that the run of that seed chose")
     head_rate: Positive | None = Field(None, description="rate of a fresh head; default: that of the method")
     weight_decay: float = Field(0.0, ge=0)
     warmup: float = Field(0.06, ge=0, lt=1, description="fraction of the steps in which the rate rises")
@@ -57,6 +61,9 @@ class Recipe(BaseModel):
     threads: Whole | None = Field(None, description="threads of the processor; default: torch's choice")
     curve_points: Whole = Field(10, description="validation scores taken during training")
     ranks: bool = Field(True, description="measure the rank of the change, where it takes seconds")
+    forgetting: str | None = Field(
+        None, description="text to measure forgetting on, as data, or none; default: stdlib-text for language models"
+    )
     out: str | None = Field(None, description="folder for adapter, record and model card")
 
     @field_validator("rates", "factors", mode="before")
@@ -89,6 +96,14 @@ class Recipe(BaseModel):
             raise ValueError("steps and epochs both say how long to train: give one of them")
         return self
 
+    @model_validator(mode="after")
+    def _another_search(self) -> Recipe:
+        if self.searched_on == self.seed:
+            raise ValueError(f"searched_on={self.seed} is the seed of this run, which searches itself: leave it out")
+        if self.chosen_rate is not None and self.searched_on is None:
+            raise ValueError("chosen_rate comes from the run of another seed: add searched_on, or give rates")
+        return self
+
     def config(self) -> Config:
         """The configuration of the method. Raises UserError for an unknown method or option."""
         return configure(self.method)
@@ -107,6 +122,21 @@ class Recipe(BaseModel):
         else:
             own = {decides.learning_rate}
         return sorted({rate * factor for rate in own for factor in self.factors})
+
+    def trained_rates(self, config: Config) -> list[float]:
+        """The learning rates that this run trains: all that are tried, or the one that another seed's run chose.
+
+        Raises UserError where that rate is missing or is not one of those tried.
+        """
+        tried = self.tried_rates(config)
+        if self.searched_on is None:
+            return tried
+        if self.chosen_rate is None:
+            raise UserError(f"the rate is chosen by the run of seed {self.searched_on}: give it as chosen_rate")
+        if not any(math.isclose(self.chosen_rate, rate) for rate in tried):
+            listed = ", ".join(f"{rate:g}" for rate in tried)
+            raise UserError(f"chosen_rate={self.chosen_rate:g} is not among the rates tried: {listed}")
+        return [self.chosen_rate]
 
 
 def parse_recipe(values: Mapping[str, Any], source: str = "the recipe") -> Recipe:

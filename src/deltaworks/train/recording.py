@@ -30,7 +30,10 @@ def settings_of(recipe: Recipe, config: Config) -> dict[str, Any]:
         options = {
             f"{member['method']}.{key}": value for member in members for key, value in member.items() if key != "method"
         }
-    return {**options, "schedule": {"rates": recipe.tried_rates(config), **recipe.model_dump(include=set(SCHEDULE))}}
+    schedule = {"rates": recipe.tried_rates(config), **recipe.model_dump(include=set(SCHEDULE))}
+    # named only where they are not the default: the keys of earlier runs stay
+    schedule |= recipe.model_dump(include={"search", "searched_on"}, exclude_defaults=True)
+    return {**options, "schedule": schedule}
 
 
 def key_of(recipe: Recipe, config: Config, data: Data, base: str, steps: int) -> str:
@@ -78,6 +81,7 @@ def facts_of(recipe: Recipe, config: Config, data: Data, loaded: Loaded, steps: 
         "epochs": steps * recipe.batch_size / per_epoch,
         "batch_size": recipe.batch_size,
         "seed": recipe.seed,
+        "searched_on": recipe.searched_on,
         "data": DataFacts(
             name=data.name,
             digest=data.digest,

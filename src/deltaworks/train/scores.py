@@ -29,8 +29,8 @@ def classification_scores(outcomes: list[dict[str, float]]) -> dict[str, Any]:
 def token_scores(outcomes: list[dict[str, float]]) -> dict[str, Any]:
     """Accuracy, mean loss in nats and perplexity over all target tokens.
 
-    "correct" is the fraction of right tokens of each example and "tokens" its number of tokens, so the score
-    is the mean of "correct" weighted by "tokens".
+    "values" are the fractions of right tokens of the examples and "weights" their numbers of tokens, so the score
+    is the mean of "values" weighted by "weights".
 
     Args:
         outcomes: Per example "right" and "tokens" (counts) and "loss" (the sum over its tokens).
@@ -42,6 +42,6 @@ def token_scores(outcomes: list[dict[str, float]]) -> dict[str, Any]:
         "score": sum(outcome["right"] for outcome in outcomes) / total if total else math.nan,
         "loss": loss,
         "perplexity": math.exp(loss) if loss < 700 else (math.nan if math.isnan(loss) else math.inf),
-        "correct": [outcome["right"] / max(1, outcome["tokens"]) for outcome in outcomes],
-        "tokens": tokens,
+        "values": [outcome["right"] / max(1, outcome["tokens"]) for outcome in outcomes],
+        "weights": tokens,
     }

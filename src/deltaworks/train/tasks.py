@@ -66,8 +66,9 @@ class Task(ABC):
         """Scores without dropout and gradients; the modules' training modes are restored.
 
         Returns:
-            "score" (in [0, 1]), "loss" (nats, NaN if any logit is), "metric" (what the score is), "correct"
-            (one number per example, in order, for paired statistics), and the task's further scores.
+            "score" (in [0, 1]), "loss" (nats, NaN if any logit is), "metric" (what the score is), the task's
+            further scores, and one number per example, in order, for paired statistics: "correct" (0 or 1), or
+            "values" with "weights" whose weighted mean the score is.
         """
         if not encoded:
             raise UserError("there is nothing to evaluate: the split has no rows")

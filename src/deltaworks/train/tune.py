@@ -14,9 +14,11 @@ from deltaworks.core.errors import UserError
 from deltaworks.store.checkpoint import load
 from deltaworks.store.files import check_writable, replacing, write_atomically
 from deltaworks.store.records import Record, read_record
-from deltaworks.train.loop import Stage, output_of, read_data, train
+from deltaworks.train.examine import output_of
+from deltaworks.train.loop import train
 from deltaworks.train.models import Loaded, load_model
 from deltaworks.train.recipe import Recipe, read_recipe
+from deltaworks.train.stage import Stage, read_data
 from deltaworks.train.tasks import make_task
 
 RECORD, RECIPE, CARD = "record.json", "recipe.yaml", "README.md"

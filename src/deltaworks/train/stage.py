@@ -1,0 +1,141 @@
+"""What the trials of a run share: the data, the base model and the task of a recipe, found and checked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltaworks.core.delta import Delta, attach
+from deltaworks.core.errors import UserError
+from deltaworks.core.registry import Config
+from deltaworks.train.batching import Encoded, batches
+from deltaworks.train.data import Data, load_data
+from deltaworks.train.forgetting import Probe, probe_of
+from deltaworks.train.models import Loaded, load_model
+from deltaworks.train.recipe import Recipe
+from deltaworks.train.tasks import Task, make_task
+
+
+@dataclass
+class Stage:
+    """What the trials of a run share: data, base model and task."""
+
+    recipe: Recipe
+    config: Config
+    data: Data
+    loaded: Loaded
+    task: Task
+    device: torch.device
+    train: list[Encoded]
+    validation: list[Encoded]
+    test: list[Encoded]
+    probe: Probe | None = None
+
+    @property
+    def model(self) -> nn.Module:
+        return self.loaded.model
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of one trial."""
+        return steps_of(self.recipe, len(self.train))
+
+    def attach(self) -> Delta:
+        """A fresh adapter; what is random in it depends on the seed alone."""
+        return attach(self.model, self.config, also=self.loaded.head, seed=self.recipe.seed)
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """The training loss of a batch, in the arithmetic of the recipe."""
+        with self.arithmetic():
+            return self.task.loss_of(model, batch)
+
+    def arithmetic(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, torch.bfloat16) if self.recipe.bfloat16 else nullcontext()
+
+    def evaluate(self, encoded: Sequence[Encoded]) -> dict[str, Any]:
+        with self.arithmetic():
+            return self.task.evaluate(self.model, encoded, 2 * self.recipe.batch_size)
+
+
+@dataclass
+class Batches:
+    """Batches in the order of the seed, that can be gone through again; ``one_by_one`` gives batches of one."""
+
+    stage: Stage
+    one_by_one: bool = False
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        recipe = self.stage.recipe
+        chosen = batches(
+            self.stage.train, recipe.batch_size, recipe.seed,
+            steps=self.stage.steps, group_by_length=recipe.group_by_length,
+        )  # fmt: skip
+        for examples in chosen:
+            for group in [[example] for example in examples] if self.one_by_one else [examples]:
+                yield self.stage.task.collate(group)
+
+    def __len__(self) -> int:
+        return self.stage.steps * (self.stage.recipe.batch_size if self.one_by_one else 1)
+
+
+def prepare(recipe: Recipe, data: Data | None = None) -> Stage:
+    """Load and check everything that a run needs. Raises UserError before any work is done."""
+    config = recipe.config()
+    device = device_of(recipe.device)
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
+    if data is None:
+        data = read_data(recipe)
+    if len(recipe.trained_rates(config)) > 1 and not data.validation:
+        raise UserError("several rates are chosen between on validation rows, and there are none: raise validation")
+    shape = data.train[0]["image"].shape if data.train and "image" in data.train[0] else None
+    loaded = load_model(
+        recipe.model, data.task, labels=data.labels, dtype=recipe.dtype, seed=recipe.seed, image_shape=shape
+    )
+    loaded.model.to(device)
+    if recipe.gradient_checkpointing:
+        checkpointed(loaded.model)
+    task = make_task(data.task, loaded.processor, recipe.max_length)
+    encoded = [task.encode(rows) for rows in (data.train, data.validation, data.test)]
+    return Stage(recipe, config, data, loaded, task, device, *encoded, probe=probe_of(recipe, task))
+
+
+def steps_of(recipe: Recipe, examples: int) -> int:
+    """Optimizer steps of one trial over so many training examples."""
+    if recipe.steps is not None:
+        return recipe.steps
+    return max(1, round((recipe.epochs or 3) * math.ceil(examples / recipe.batch_size)))
+
+
+def read_data(recipe: Recipe) -> Data:
+    """The data of a recipe, the same for every seed."""
+    return load_data(
+        recipe.data, task=recipe.task, columns=recipe.columns, test=recipe.test, limit=recipe.limit,
+        limit_per_class=recipe.limit_per_class, test_limit=recipe.test_limit, validation=recipe.validation,
+        seed=recipe.data_seed,
+    )  # fmt: skip
+
+
+def device_of(name: str) -> torch.device:
+    """Raises UserError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"the device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def checkpointed(model: Any) -> None:
+    """Let a model recompute its activations. Raises UserError where it cannot."""
+    if not hasattr(model, "gradient_checkpointing_enable"):
+        raise UserError(f"{type(model).__name__} has no gradient checkpointing: leave gradient_checkpointing out")
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
