@@ -7,7 +7,8 @@ import pytest
 from typer.testing import CliRunner
 
 from deltaworks.cli import app
-from deltaworks.listing import abilities, markdown
+from deltaworks.core.abilities import abilities
+from deltaworks.listing import markdown
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
