@@ -109,6 +109,33 @@ def compare(
     run(find_protocol(protocol).changed(methods, seeds, workers, given), out, keep_adapters=keep_adapters)
 
 
+@command("deltaworks plan minilm --method lora[rank=16] --batch 32 --length 128")
+def plan(
+    model: Annotated[
+        str, typer.Argument(help="as above, or a config.json; of a Hub id only the configuration is read")
+    ],
+    method: Annotated[str, typer.Option(help="a method with its options")] = "lora",
+    batch: Annotated[int, typer.Option(help="rows of a batch")] = 8,
+    length: Annotated[int, typer.Option(help="tokens of a row")] = 128,
+    task: Annotated[str | None, typer.Option(help="default: the first that the model can do")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16, of weights and arithmetic")] = "float32",
+    quantize: Annotated[str | None, typer.Option(help="nf4 or int8, for the linear layers of the base")] = None,
+    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="compute blocks again to save memory")] = False,
+    hardware: Annotated[str | None, typer.Option(help="a name such as rtx-4090; default: this machine")] = None,
+    labels: Annotated[int, typer.Option(help="number of classes")] = 2,
+    json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Say what a run would need, before a weight is loaded: memory, arithmetic, time."""
+    from deltaworks.advise.estimate import estimate
+    from deltaworks.advise.plan import as_json, as_text
+
+    found = estimate(
+        model, method, batch=batch, length=length, task=task, dtype=dtype, quantize=quantize,
+        checkpointing=checkpointing, hardware=hardware, labels=labels,
+    )  # fmt: skip
+    print(as_json(found) if json else as_text(found))
+
+
 @command("deltaworks info runs/lora")
 def info(adapter: Annotated[Path, typer.Argument(help="a folder that holds adapter.json")]) -> None:
     """Say what a saved adapter is, without loading its base."""

@@ -1,7 +1,7 @@
 """What the sparse methods have in common: a few chosen entries of the weights, and the scores that choose them."""
 
 from collections.abc import Iterable, Mapping
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, cast
 
 import torch
@@ -128,8 +128,9 @@ class Choosing(Procedure):
     def choose(self, scores: list[Tensor]) -> None:
         """Train the ``count`` entries with the largest scores; one tensor of scores for each of ``parameters()``."""
         kept = largest(torch.cat([score.flatten() for score in scores]), self.count)
-        ends = torch.tensor([0, *(score.numel() for score in scores)]).cumsum(0).tolist()
-        self.take([kept[(kept >= start) & (kept < end)] - start for start, end in pairwise(ends)])
+        ends = [0, *accumulate(score.numel() for score in scores)]
+        cuts = torch.searchsorted(kept, torch.tensor(ends, device=kept.device)).tolist()
+        self.take([kept[a:b] - start for (a, b), start in zip(pairwise(cuts), ends, strict=False)])
 
     def take(self, chosen: list[Tensor]) -> None:
         """Train the flat positions ``chosen`` (ascending), one list for each of ``parameters()``."""

@@ -1,6 +1,7 @@
 """Sparse entries that open one after the other while they train: all values are one tensor, opened piece by piece."""
 
 from collections.abc import Mapping
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -134,8 +135,8 @@ class Growing(Choosing):
     def spread(self) -> None:
         """Give each tensor its part of the open entries."""
         ordered, order = self.positions.sort()
-        ends = torch.tensor(self.sizes, device=ordered.device).cumsum(0)
-        parts = zip(ends.tolist(), torch.searchsorted(ordered, ends).tolist(), strict=True)
+        ends = list(accumulate(self.sizes))
+        parts = zip(ends, torch.searchsorted(ordered, torch.tensor(ends, device=ordered.device)).tolist(), strict=True)
         shared, low, start, seen = self.tuners()[0].entries, 0, 0, set()
         for (key, parameter), (end, high) in zip(self.parameters().items(), parts, strict=True):
             index = narrowed(ordered[low:high] - start, parameter.numel())

@@ -1,0 +1,135 @@
+"""What a machine can do: a table of accelerators, and a quick measurement of this one."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deltaworks.core.errors import UserError, nearest
+from deltaworks.store.files import write_atomically
+from deltaworks.train import measure
+
+EFFICIENCY = 0.5  # of the peak rates of a datasheet that training reaches
+LAUNCH = 5e-6  # seconds that an accelerator needs to start an operation
+HERE = "here"
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """A device: memory in bytes, bandwidth in bytes/s, FLOP/s by dtype, of which ``efficiency`` is reached.
+
+    ``launch`` are the seconds that each operation takes beside its work; ``source`` says where the numbers are from.
+    """
+
+    name: str
+    device: str
+    memory: int
+    bandwidth: float
+    rates: dict[str, float]
+    efficiency: float
+    launch: float
+    source: str
+
+    def seconds(self, operations: Sequence[tuple[int, int]], dtype: str) -> float:
+        """A roofline: each operation takes as long as its arithmetic or its data, whichever is longer.
+
+        ``operations`` are pairs of floating-point operations and bytes moved.
+        """
+        rate, bandwidth = self.efficiency * self.rates[dtype], self.efficiency * self.bandwidth
+        return sum(max(flops / rate, size / bandwidth) + self.launch for flops, size in operations)
+
+
+@functools.cache
+def table() -> dict[str, Hardware]:
+    """The accelerators that are known, by name."""
+    import yaml
+
+    rows = yaml.safe_load(resources.files(__package__).joinpath("hardware.yaml").read_text(encoding="utf-8"))
+    return {row["name"]: _from_row(row) for row in rows}
+
+
+def _from_row(row: dict[str, Any]) -> Hardware:
+    rates = {dtype: 1e12 * row[dtype] for dtype in ("float32", "bfloat16", "float16")}
+    memory, bandwidth = int(1e9 * row["memory"]), 1e9 * row["bandwidth"]
+    return Hardware(row["name"], "cuda", memory, bandwidth, rates, EFFICIENCY, LAUNCH, row["source"])
+
+
+def find_hardware(name: str | None) -> Hardware:
+    """The hardware of this name; "here" (the default) is measured. Raises UserError with the nearest names."""
+    if name in (None, HERE):
+        return here()
+    known = table()
+    key = str(name).lower().replace(" ", "-").removeprefix("nvidia-")
+    if key not in known:
+        raise UserError(f"the hardware {name!r} is not known; {nearest(key, [*known, HERE])}")
+    return known[key]
+
+
+# ---------------------------------------------------------------------- this machine
+
+
+def here(device: str | None = None) -> Hardware:
+    """This machine, measured in about two seconds and remembered in the user's cache folder."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    name, threads = measure.hardware(torch.device(device)), torch.get_num_threads()
+    key = f"{name}, {threads} threads, torch {torch.__version__}"
+    file = cache_folder() / "hardware.json"
+    try:
+        known = json.loads(file.read_text(encoding="utf-8"))
+        return Hardware(**known[key])
+    except (OSError, ValueError, KeyError, TypeError):
+        known = {}
+    found = measured(device, name)
+    with contextlib.suppress(OSError, UserError):  # or it is measured again the next time
+        write_atomically(file, json.dumps({**known, key: asdict(found)}, indent=1))
+    return found
+
+
+def cache_folder() -> Path:
+    """Where measurements of this machine are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deltaworks"
+
+
+def measured(device: str, name: str) -> Hardware:
+    """Matrix products of the size of a small transformer's, a copy, and an operation on a single number."""
+    rates = {}
+    size = 4096 if device == "cuda" else 768
+    for dtype in ("float32", "bfloat16", "float16"):
+        left, right = (torch.randn(size, size, device=device).to(getattr(torch, dtype)) for _ in range(2))
+        rates[dtype] = 2 * size**3 / seconds_of(lambda a=left, b=right: a @ b, device)
+    large = torch.zeros(1 << (28 if device == "cuda" else 24), device=device)
+    copy = torch.empty_like(large)
+    bandwidth = 2 * 4 * large.numel() / seconds_of(lambda: copy.copy_(large), device)
+    one = torch.zeros(1, device=device)
+    launch = seconds_of(lambda: one.add_(1), device, times=200)
+    return Hardware(name, device, memory_of(device), bandwidth, rates, 1.0, launch, "measured here")
+
+
+def memory_of(device: str) -> int:
+    """Bytes of the device, or of the machine."""
+    if device == "cuda":
+        return int(torch.cuda.get_device_properties(0).total_memory)
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
+
+
+def seconds_of(run: Callable[[], Any], device: str, times: int = 5) -> float:
+    """The median time of some calls, after one that does not count."""
+    found = []
+    for _ in range(times + 1):
+        started = time.perf_counter()
+        run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        found.append(time.perf_counter() - started)
+    return statistics.median(found[1:])
