@@ -93,9 +93,14 @@ def compare(
     model: Annotated[str | None, typer.Option(help="minilm, tiny-vit, a folder, module:function, or a Hub id")] = None,
     data: Annotated[str | None, typer.Option(help="stdlib-docs, stdlib-text, a file, a folder, or a Hub id")] = None,
     methods: Annotated[str | None, typer.Option(help="methods with commas between; wildcards allowed")] = None,
-    protocol: Annotated[str, typer.Option(help="quick or fair: what is not given comes from it")] = "quick",
+    protocol: Annotated[
+        str,
+        typer.Option(help="quick, fair, survey, survey-small, peft-bench, or your.yaml: what is not given is its"),
+    ] = "quick",
     seeds: Annotated[int | None, typer.Option(min=1, help="number of seeds")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="runs side by side; they share the cores")] = None,
+    data_root: Annotated[Path | None, typer.Option(help="folder of the data sets that the protocol names")] = None,
+    engine: Annotated[str, typer.Option(help="local, or ray: the runs over a Ray cluster")] = "local",
     out: Annotated[Path, typer.Option(help="folder of records and report; run again to continue")] = OUT,
     keep_adapters: Annotated[bool, typer.Option("--keep-adapters", help="keep the trained adapters")] = False,
 ) -> None:
@@ -106,7 +111,8 @@ def compare(
 
     given: dict[str, Any] = parse_overrides(settings or [])
     given |= {key: value for key, value in (("model", model), ("data", data)) if value is not None}
-    run(find_protocol(protocol).changed(methods, seeds, workers, given), out, keep_adapters=keep_adapters)
+    chosen = find_protocol(protocol).changed(methods, seeds, workers, data_root, given)
+    run(chosen, out, engine=engine, keep_adapters=keep_adapters)
 
 
 @command("deltaworks plan minilm --method lora[rank=16] --batch 32 --length 128")
@@ -134,6 +140,37 @@ def plan(
         checkpointing=checkpointing, hardware=hardware, labels=labels,
     )  # fmt: skip
     print(as_json(found) if json else as_text(found))
+
+
+@command("deltaworks advise --task classification --examples 5000 --memory 24GB --storage 1MB")
+def advise(
+    model: Annotated[str | None, typer.Option(help="minilm, tiny-vit, a folder, module:function, or a Hub id")] = None,
+    task: Annotated[str | None, typer.Option(help="classification, pairs, causal, seq2seq or images")] = None,
+    labels: Annotated[int | None, typer.Option(help="number of classes")] = None,
+    data: Annotated[str | None, typer.Option(help="for the recipe: a file, a folder, or a Hub id")] = None,
+    examples: Annotated[int | None, typer.Option(help="number of training examples")] = None,
+    memory: Annotated[str | None, typer.Option(help="such as 24GB; default: what the hardware has")] = None,
+    hardware: Annotated[str | None, typer.Option(help="where it will run; default: this machine")] = None,
+    trials: Annotated[int | None, typer.Option(help="runs for finding a learning rate; default: 3")] = None,
+    epochs: Annotated[float | None, typer.Option(help="default: 3, or what a rule says")] = None,
+    merge: Annotated[bool | None, typer.Option("--merge", help="the result must be one merged model")] = None,
+    adapters_served: Annotated[int | None, typer.Option(help="adapters that answer over one base")] = None,
+    storage: Annotated[str | None, typer.Option(help="most that one adapter may store, such as 1MB")] = None,
+    batch: Annotated[int | None, typer.Option(help="rows of a batch; default: 32")] = None,
+    length: Annotated[int | None, typer.Option(help="tokens of a row; default: 256")] = None,
+    dtype: Annotated[str | None, typer.Option(help="of the base; default: what fits")] = None,
+    quantize: Annotated[str | None, typer.Option(help="nf4 or int8, for the base; default: what fits")] = None,
+    methods: Annotated[str | None, typer.Option(help="methods you have in mind; wildcards allowed")] = None,
+    records: Annotated[Path | None, typer.Option(help="folder of a comparison of yours")] = None,
+    write: Annotated[Path | None, typer.Option(help="file for the recipe that deltaworks tune runs")] = None,
+    json: Annotated[bool, typer.Option("--json", help="print all of it as JSON")] = False,
+) -> None:
+    """Advise on a method: published rules, predicted memory and time, and your own runs where you have them."""
+    wanted = dict(locals())
+    from deltaworks.advise.show import print_advice
+
+    own, recipe, as_json = (wanted.pop(name) for name in ("records", "write", "json"))
+    print_advice(wanted, records=own, write=recipe, as_json=as_json)
 
 
 @command("deltaworks info runs/lora")

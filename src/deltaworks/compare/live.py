@@ -24,6 +24,8 @@ class Live:
 
     def __init__(self, console: Console, jobs: Sequence[Job]) -> None:
         self.console, self.jobs = console, jobs
+        worlds = dict.fromkeys(job.world for job in jobs)
+        self.several = len(worlds) > 1
         self.progress = Progress(
             TextColumn("{task.description:<28}"),
             BarColumn(bar_width=24),
@@ -34,8 +36,11 @@ class Live:
             transient=True,
             disable=not console.is_terminal,
         )
-        done = sum(job.record is not None for job in jobs)
-        self.whole = self.progress.add_task("all runs", total=len(jobs), completed=done, note="")
+        self.counts: dict[str, TaskID] = {}  # of all runs, and of each world where there are several
+        for world in ("all runs", *(worlds if self.several else ())):
+            inside = [job for job in jobs if world in ("all runs", job.world)]
+            done = sum(job.record is not None for job in inside)
+            self.counts[world] = self.progress.add_task(world, total=len(inside), completed=done, note="")
         self.bars: dict[str, TaskID] = {}
 
     def __enter__(self) -> Live:
@@ -51,11 +56,12 @@ class Live:
         if event.said is None:
             if job.run_id in self.bars:
                 self.progress.remove_task(self.bars.pop(job.run_id))
-            self.progress.advance(self.whole)
+            for world in {"all runs", job.world} & self.counts.keys():
+                self.progress.advance(self.counts[world])
             self.progress.console.print(self._line(job), highlight=False, markup=False)
             return
         if job.run_id not in self.bars:
-            self.bars[job.run_id] = self.progress.add_task(job.label, total=1.0, note="")
+            self.bars[job.run_id] = self.progress.add_task(self._name(job), total=1.0, note="")
         said, note = event.said, None
         if said["event"] == "step":
             done = (said["rate"] + said["step"] / said["steps"]) / said["rates"]
@@ -66,10 +72,13 @@ class Live:
         elif said["event"] == "test":
             self.progress.update(self.bars[job.run_id], completed=1.0, note="testing")
 
+    def _name(self, job: Job) -> str:
+        return f"{job.world}: {job.label}" if self.several else job.label
+
     def _line(self, job: Job) -> str:
         record = job.record
         done = sum(other.record is not None for other in self.jobs)
-        start = f"[{done}/{len(self.jobs)}] {job.label:<26}"
+        start = f"[{done}/{len(self.jobs)}] {self._name(job):<26}"
         if record is None or record.status != "finished" or record.test is None or record.test.score is None:
             return f"{start} {record.status if record else 'failed'}: {record.message if record else job.message}"
         size = show_count(record.counts.trainable)

@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +25,24 @@ def channel() -> Any:
     return lines
 
 
-def main(path: str) -> int:
-    """Run a job. Returns the exit status: 0 with a record, 2 for a mistake of the user."""
-    lines = channel()
+def sparing(tell: Callable[[dict[str, Any]], Any]) -> Callable[[dict[str, Any]], None]:
+    """Passes on what a run tells, of its steps no more than a person can follow."""
     last = 0.0
 
-    def tell(event: dict[str, Any]) -> None:
+    def told(event: dict[str, Any]) -> None:
         nonlocal last
         now = time.monotonic()
         if event["event"] != "step" or "validation" in event or now - last > SECONDS_BETWEEN_LINES:
             last = now
-            lines.write(json.dumps(event) + "\n")
+            tell(event)
 
+    return told
+
+
+def main(path: str) -> int:
+    """Run a job. Returns the exit status: 0 with a record, 2 for a mistake of the user."""
+    lines = channel()
+    tell = sparing(lambda event: lines.write(json.dumps(event) + "\n"))
     job = json.loads(Path(path).read_text(encoding="utf-8"))
     from deltaworks.core.errors import UserError
     from deltaworks.train.loop import train
