@@ -17,9 +17,12 @@ from deltaworks.core.forms import Replacement
 from deltaworks.core.procedure import Run
 from deltaworks.store.records import CurvePoint
 from deltaworks.train import measure
+from deltaworks.train.batching import length_of
 from deltaworks.train.stage import Batches, Stage
 
 Tell = Callable[[dict[str, Any]], None]
+Stops = Callable[[int, float], bool]
+"""Whether a trial is given up at a curve point, from its number (from 1) and its validation score."""
 WARMING_STEPS = 2  # steps that timing leaves out: the first ones allocate and compile
 PROBED_BATCHES = 20  # among which the longest one is taken to measure memory
 HOPELESS = 1000.0  # a loss this many times the first one will not come back
@@ -33,6 +36,7 @@ class Attempt:
     curve: list[CurvePoint] = field(default_factory=list)
     score: float | None = None
     diverged: str = ""
+    stopped_at: int | None = None
     steps: int = 0
     examples: int = 0
     timed_seconds: float = 0.0
@@ -42,33 +46,47 @@ class Attempt:
     activations: int | None = None
     details: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def complete(self) -> bool:
+        """Whether it was trained to the end."""
+        return not self.diverged and self.stopped_at is None
+
 
 class _DivergedError(Exception):
     pass
 
 
-def fit(stage: Stage, delta: Delta, trial: Attempt, tell: Tell) -> None:
-    """Train one adapter at one rate; what happened goes into ``trial``."""
-    model = stage.model
+def never(point: int, score: float) -> bool:
+    """A trial that is not given up."""
+    return False
+
+
+def fit(stage: Stage, delta: Delta, trial: Attempt, tell: Tell, stops: Stops = never) -> None:
+    """Train one adapter at one rate, to the end or until it ``stops``; what happened goes into ``trial``."""
+    model, team = stage.model, stage.team
     model.train()
     try:
         delta.procedure.begin(Run(stage.steps, Batches(stage), stage.loss, Batches(stage, one_by_one=True)))
-        longest = max(islice(Batches(stage), PROBED_BATCHES), key=lambda batch: max(map(Tensor.numel, batch.values())))
+        team.unite(delta)
+        shares = (stage.task.collate(team.share(examples)) for examples in islice(stage.batches(), PROBED_BATCHES))
+        longest = max(shares, key=lambda batch: max(map(Tensor.numel, batch.values())))
         memory = measure.step_memory(model, lambda: stage.loss(model, longest))
         if stage.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(stage.device)
-        optimizer = _steps(stage, delta, trial, tell)
+        optimizer = _steps(stage, delta, trial, tell, stops)
         trial.activations = memory.saved
         trial.peak_memory = (
             torch.cuda.max_memory_allocated(stage.device)
             if stage.device.type == "cuda"
             else measure.model_bytes(model) + measure.optimizer_bytes(optimizer) + memory.peak
         )
+        if trial.stopped_at is not None:
+            return
         delta.procedure.end()
         if not all(bool(torch.isfinite(parameter).all()) for parameter in delta.parameters()):
             raise _DivergedError("a trained value is not finite after the last step")
         if stage.validation:
-            outcome = stage.evaluate(stage.validation)
+            outcome = team.of_main(lambda: stage.evaluate(stage.validation))
             if not math.isfinite(outcome["loss"]):
                 raise _DivergedError("the validation loss is not finite after the last step")
             trial.score = outcome["score"]
@@ -80,44 +98,53 @@ def fit(stage: Stage, delta: Delta, trial: Attempt, tell: Tell) -> None:
             parameter.grad = None
 
 
-def _steps(stage: Stage, delta: Delta, trial: Attempt, tell: Tell) -> torch.optim.Optimizer:
-    recipe, model, procedure, steps = stage.recipe, stage.model, delta.procedure, stage.steps
+def _steps(stage: Stage, delta: Delta, trial: Attempt, tell: Tell, stops: Stops) -> torch.optim.Optimizer:
+    recipe, model, procedure, team = stage.recipe, stage.model, delta.procedure, stage.team
+    steps, points = stage.steps, stage.points
     optimizer = torch.optim.AdamW(parameter_groups(stage, delta, trial.rate), fused=True)
     procedure.optimizing(optimizer)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, linear_decay(steps, recipe.warmup))
-    points = {round(steps * (k + 1) / recipe.curve_points) for k in range(recipe.curve_points)}
     since: list[float] = []
     ceiling = math.inf
-    for step, batch in enumerate(Batches(stage), 1):
-        started = time.perf_counter()
-        loss = procedure.loss(stage.loss(model, batch))
-        value = float(loss.detach())
+    started = time.perf_counter()
+    for step, examples in enumerate(stage.batches(), 1):
+        batch = stage.task.collate(team.share(examples))
+        with team.own_chance(f"{recipe.seed}/{step}"):
+            loss = stage.loss(model, batch)
+        loss = team.weighted(procedure.loss(loss), examples, stage.task.counted)
+        value = team.sum(float(loss.detach()))
         ceiling = min(ceiling, HOPELESS * max(1.0, value)) if step == 1 else ceiling
         if not value <= ceiling:
             raise _DivergedError(f"the loss became {value:.3g} at step {step}")
         loss.backward()
+        team.add_up(delta.parameters())
         torch.nn.utils.clip_grad_norm_(delta.parameters(), recipe.clip)
         procedure.gradients()
         optimizer.step()
         schedule.step()
         procedure.stepped()
         optimizer.zero_grad()
-        seconds = time.perf_counter() - started
-        size = len(batch["labels"])
-        trial.steps, trial.examples = step, trial.examples + size
+        trial.steps, trial.examples = step, trial.examples + len(examples)
         if step > WARMING_STEPS:
-            trial.timed_seconds += seconds
-            trial.timed_samples += size
-            trial.timed_tokens += int(batch["attention_mask"].sum()) if "attention_mask" in batch else 0
+            trial.timed_seconds += time.perf_counter() - started
+            trial.timed_samples += len(examples)
+            trial.timed_tokens += sum(map(length_of, examples))
         since.append(value)
         event: dict[str, Any] = {"step": step, "loss": value}
         if step in points:
+            team.check(delta)
             point = CurvePoint(step=step, loss=sum(since) / len(since))
-            if stage.validation and step < steps:
-                point.validation = event["validation"] = stage.evaluate(stage.validation)["score"]
             since = []
             trial.curve.append(point)
+            if stage.validation and step < steps:
+                score = point.validation = team.of_main(lambda: stage.evaluate(stage.validation)["score"])
+                event["validation"] = score
+                if stops(len(trial.curve), score):
+                    trial.stopped_at, trial.score = step, score
         tell(event)
+        if trial.stopped_at is not None:
+            break
+        started = time.perf_counter()
     return optimizer
 
 

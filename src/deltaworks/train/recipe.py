@@ -45,7 +45,7 @@ class Recipe(BaseModel):
     )
     factors: list[Positive] = Field([1.0], min_length=1, description="multiples of the method's own rate to try")
     tried: bool = Field(False, description="multiples of all rates that the method's own was chosen from")
-    search: Literal["grid", "halving"] = Field("grid", description="halving stops bad rates early (optuna)")
+    search: Literal["grid", "halving"] = Field("grid", description="halving gives bad rates up early (optuna)")
     searched_on: int | None = Field(None, ge=0, description="seed whose run chooses the rate for this one")
     chosen_rate: Positive | None = Field(None, description="the rate that the run of that seed chose")
     head_rate: Positive | None = Field(None, description="rate of a fresh head; default: that of the method")
@@ -98,6 +98,8 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _another_search(self) -> Recipe:
+        if self.search == "halving" and self.curve_points < 2:
+            raise ValueError("search=halving compares scores during training: give curve_points of at least 2")
         if self.searched_on == self.seed:
             raise ValueError(f"searched_on={self.seed} is the seed of this run, which searches itself: leave it out")
         if self.chosen_rate is not None and self.searched_on is None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from deltaworks.core.errors import UserError
 from deltaworks.core.registry import Config
 from deltaworks.train.batching import Encoded, batches
 from deltaworks.train.data import Data, load_data
+from deltaworks.train.devices import Team
 from deltaworks.train.forgetting import Probe, probe_of
 from deltaworks.train.models import Loaded, load_model
 from deltaworks.train.recipe import Recipe
@@ -36,6 +38,7 @@ class Stage:
     validation: list[Encoded]
     test: list[Encoded]
     probe: Probe | None = None
+    team: Team = field(default_factory=Team)
 
     @property
     def model(self) -> nn.Module:
@@ -45,6 +48,19 @@ class Stage:
     def steps(self) -> int:
         """Optimizer steps of one trial."""
         return steps_of(self.recipe, len(self.train))
+
+    @property
+    def points(self) -> list[int]:
+        """Steps of the curve, the last one included."""
+        count = self.recipe.curve_points
+        return sorted({round(self.steps * (k + 1) / count) for k in range(count)} - {0})
+
+    def batches(self) -> Iterator[list[Encoded]]:
+        """The examples of each step, in the order of the seed."""
+        recipe = self.recipe
+        return batches(
+            self.train, recipe.batch_size, recipe.seed, steps=self.steps, group_by_length=recipe.group_by_length
+        )
 
     def attach(self) -> Delta:
         """A fresh adapter; what is random in it depends on the seed alone."""
@@ -59,6 +75,7 @@ class Stage:
         return torch.autocast(self.device.type, torch.bfloat16) if self.recipe.bfloat16 else nullcontext()
 
     def evaluate(self, encoded: Sequence[Encoded]) -> dict[str, Any]:
+        """As ``Task.evaluate``, in this process alone."""
         with self.arithmetic():
             return self.task.evaluate(self.model, encoded, 2 * self.recipe.batch_size)
 
@@ -71,12 +88,7 @@ class Batches:
     one_by_one: bool = False
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        recipe = self.stage.recipe
-        chosen = batches(
-            self.stage.train, recipe.batch_size, recipe.seed,
-            steps=self.stage.steps, group_by_length=recipe.group_by_length,
-        )  # fmt: skip
-        for examples in chosen:
+        for examples in self.stage.batches():
             for group in [[example] for example in examples] if self.one_by_one else [examples]:
                 yield self.stage.task.collate(group)
 
@@ -84,16 +96,21 @@ class Batches:
         return self.stage.steps * (self.stage.recipe.batch_size if self.one_by_one else 1)
 
 
-def prepare(recipe: Recipe, data: Data | None = None) -> Stage:
+def prepare(recipe: Recipe, data: Data | None = None, team: Team | None = None) -> Stage:
     """Load and check everything that a run needs. Raises UserError before any work is done."""
     config = recipe.config()
-    device = device_of(recipe.device)
+    team = team or Team()
+    device = team.device or device_of(recipe.device)
+    if recipe.batch_size < team.size:
+        raise UserError(f"batch_size={recipe.batch_size} leaves some of {team.size} processes nothing: raise it")
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     if data is None:
         data = read_data(recipe)
     if len(recipe.trained_rates(config)) > 1 and not data.validation:
         raise UserError("several rates are chosen between on validation rows, and there are none: raise validation")
+    if recipe.search == "halving" and find_spec("optuna") is None:
+        raise UserError("search=halving needs optuna: pip install 'deltaworks[search]'")
     shape = data.train[0]["image"].shape if data.train and "image" in data.train[0] else None
     loaded = load_model(
         recipe.model, data.task, labels=data.labels, dtype=recipe.dtype, seed=recipe.seed, image_shape=shape
@@ -102,8 +119,9 @@ def prepare(recipe: Recipe, data: Data | None = None) -> Stage:
     if recipe.gradient_checkpointing:
         checkpointed(loaded.model)
     task = make_task(data.task, loaded.processor, recipe.max_length)
-    encoded = [task.encode(rows) for rows in (data.train, data.validation, data.test)]
-    return Stage(recipe, config, data, loaded, task, device, *encoded, probe=probe_of(recipe, task))
+    train, validation, test = (task.encode(rows) for rows in (data.train, data.validation, data.test))
+    probe = probe_of(recipe, task)
+    return Stage(recipe, config, data, loaded, task, device, train, validation, test, probe, team)
 
 
 def steps_of(recipe: Recipe, examples: int) -> int:

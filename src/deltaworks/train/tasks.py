@@ -83,6 +83,10 @@ class Task(ABC):
                     outcomes[index] = outcome
         return {"metric": self.metric, **self._summary(outcomes)}
 
+    def counted(self, examples: Sequence[Encoded]) -> int:
+        """What the loss of a batch is the mean over: its examples, or its target tokens."""
+        return len(examples)
+
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(logits.float(), labels.to(logits.device))
 
@@ -167,6 +171,10 @@ class Images(_ClassTask):
 
 class _TokenTask(Task):
     metric = "token accuracy"
+    first: ClassVar[int] = 0  # the first label that is predicted
+
+    def counted(self, examples: Sequence[Encoded]) -> int:
+        return sum(label != IGNORED for example in examples for label in example["labels"][self.first :])
 
     def _token_outcomes(self, logits: Tensor, labels: Tensor) -> list[dict[str, float]]:
         """Logits [batch, tokens, vocabulary] against the labels [batch, tokens] at the same places."""
@@ -195,6 +203,7 @@ class Causal(_TokenTask):
     """
 
     name = "causal"
+    first = 1  # nothing is before the first token
 
     def __init__(self, processor: Any, max_length: int = 256) -> None:
         super().__init__(processor, max_length)

@@ -14,6 +14,7 @@ from deltaworks.core.errors import UserError
 from deltaworks.store.checkpoint import load
 from deltaworks.store.files import check_writable, replacing, write_atomically
 from deltaworks.store.records import Record, read_record
+from deltaworks.train.devices import join
 from deltaworks.train.examine import output_of
 from deltaworks.train.loop import train
 from deltaworks.train.models import Loaded, load_model
@@ -27,6 +28,7 @@ RECORD, RECIPE, CARD = "record.json", "recipe.yaml", "README.md"
 def tune(recipe: Recipe) -> Record:
     """Train as a recipe says, with progress on the terminal; the adapter, its record, recipe and card go to ``out``.
 
+    Where several processes were started together, they share the work, and the main one does what is seen of it.
     Raises UserError before the training for what the user can mend, and where the run diverged.
     """
     from rich.console import Console
@@ -34,11 +36,14 @@ def tune(recipe: Recipe) -> Record:
 
     if recipe.out is None:
         raise UserError("the recipe says nowhere to save the adapter: add out=FOLDER")
-    folder = check_writable(recipe.out)
-    console = Console()
+    team = join(recipe.device)
+    folder = check_writable(recipe.out) if team.main else Path(recipe.out)
+    console = Console(quiet=not team.main)
     config = recipe.config()
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(
+        *columns, console=console, transient=True, disable=not (team.main and console.is_terminal)
+    ) as progress:
         bar = progress.add_task(str(config), total=1.0, note="loading")
 
         def tell(event: dict[str, Any]) -> None:
@@ -48,8 +53,9 @@ def tune(recipe: Recipe) -> Record:
             if "validation" in event:
                 console.print(f"step {event['step']}: validation {event['validation']:.4f}", highlight=False)
 
-        record = train(recipe, adapter=folder, tell=tell)
-    _write(folder, recipe, record)
+        record = train(recipe, team=team, adapter=folder, tell=tell)
+    if team.main:
+        _write(folder, recipe, record)
     if record.status != "finished":
         raise UserError(f"the run {record.status}, so no adapter is saved: {record.message}; try a smaller rate")
     if record.test is not None and record.test.score is not None:
