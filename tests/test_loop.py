@@ -1,6 +1,8 @@
 """One training run: its choice of rate, its measures, and what happens when it diverges."""
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from torch import nn
 import deltaworks as dw
 from deltaworks.core.errors import UserError
 from deltaworks.store.records import Record
-from deltaworks.train import measure
+from deltaworks.train import fitting, measure
 from deltaworks.train.examine import examine
 from deltaworks.train.fitting import Attempt, fit, linear_decay, parameter_groups
 from deltaworks.train.loop import train
@@ -202,6 +204,50 @@ def test_merge_error_is_none_where_nothing_can_be_merged() -> None:
         if error is not None:
             assert error < 1e-4
         assert not delta.merged
+
+
+def test_a_matrix_that_cannot_be_decomposed_is_a_divergence(letters: dict[str, Any]) -> None:
+    stage = prepare(parse_recipe({**letters, "method": "lora[rank=2]"}))
+    delta = stage.attach()
+
+    def stepped() -> None:
+        torch.linalg.svd(torch.full((2, 2), torch.nan))
+
+    delta.procedure.stepped = stepped  # type: ignore[method-assign]
+    attempt = Attempt(1e-3)
+    fit(stage, delta, attempt, lambda event: None)
+    assert attempt.diverged.startswith("linalg.svd")
+    assert attempt.diverged.endswith("(learning rate 0.001)")
+    assert not attempt.complete
+
+
+def test_throughput_is_all_tokens_over_all_time_without_the_first_steps_and_the_scoring(
+    letters: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Step k takes k seconds by a clock of its own, a score on the way 1000, and texts have 1 to 9 tokens."""
+    rows = [{"text": "abcd"[k % 4] * (k % 9 + 1), "label": "abcd"[k % 4]} for k in range(120)]
+    (tmp_path / "uneven.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    stage = prepare(parse_recipe({**letters, "data": str(tmp_path / "uneven.jsonl"), "steps": 6, "curve_points": 6}))
+    delta, attempt, clock = stage.attach(), Attempt(1e-2), SimpleNamespace(now=0.0, step=0)
+    evaluate = stage.evaluate
+
+    def stepped() -> None:
+        clock.step += 1
+        clock.now += clock.step
+
+    def scored(encoded: Any) -> dict[str, Any]:
+        clock.now += 1000
+        return evaluate(encoded)
+
+    delta.procedure.stepped = stepped  # type: ignore[method-assign]
+    monkeypatch.setattr(stage, "evaluate", scored)
+    monkeypatch.setattr(fitting, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    fit(stage, delta, attempt, lambda event: None)
+    timed = list(stage.batches())[fitting.WARMING_STEPS :]
+    assert attempt.timed_seconds == 3 + 4 + 5 + 6
+    assert attempt.timed_samples == sum(map(len, timed)) == 4 * 8
+    assert attempt.timed_tokens == sum(len(row["input_ids"]) for batch in timed for row in batch)
+    assert attempt.timed_tokens != 5 * attempt.timed_samples
 
 
 def test_a_trial_that_fails_leaves_no_gradients(letters: dict[str, Any]) -> None:

@@ -90,7 +90,7 @@ def fit(stage: Stage, delta: Delta, trial: Attempt, tell: Tell, stops: Stops = n
             if not math.isfinite(outcome["loss"]):
                 raise _DivergedError("the validation loss is not finite after the last step")
             trial.score = outcome["score"]
-    except _DivergedError as error:
+    except (_DivergedError, torch.linalg.LinAlgError) as error:  # a matrix that has become too wild to decompose
         trial.diverged = f"{error} (learning rate {trial.rate:g})"
     finally:
         model.eval()
