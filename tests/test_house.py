@@ -25,6 +25,7 @@ BELOW: dict[str, set[str]] = {
     "store": {"core"},
     "train": {"core", "store"},
     "compare": {"core", "store", "train"},
+    "advise": {"core", "store", "train", "compare"},
 }
 # the handle is the front door to saving: `Delta.save` fetches the format when it is called, from this module only
 LAZY = (f"{PACKAGE}/core/delta.py", "save", f"{PACKAGE}.store.checkpoint")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -105,7 +105,7 @@ class Adviser:
         pool = standings(findings(self.records, facts["parameters"], facts["task"]))
         notes = self._ask(facts, wishes, pool)
         asked = _asked(wishes, pool)
-        rungs = self._rungs(wishes, facts)
+        rungs = self.rungs(facts)
         self._refuse_too_small(wishes, facts, rungs[-1])
         options = self._fitting(asked, wishes, facts, rungs, show) or self._fitting(pool, wishes, facts, rungs, show)
         if not options:
@@ -173,8 +173,8 @@ class Adviser:
                     notes.append(Reason(rule.id, rule.title, text, rule.source, settings=effect.settings))
         return notes
 
-    def _rungs(self, wishes: Wishes, facts: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """The settings that save more and more memory, with what the user or a rule has fixed."""
+    def rungs(self, facts: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The settings that save more and more memory, with the dtype and quantization that the facts fix, if any."""
         fixed = {key: facts[key] for key in ("dtype", "quantize") if facts[key] is not None}
         rungs: list[dict[str, Any]] = []
         for saving in self.book.savings:
@@ -251,16 +251,13 @@ class Adviser:
 
     def _stored_within(self, config: Config, wishes: Wishes, rung: Mapping[str, Any]) -> Config:
         """The configuration, its size halved until the saved adapter is within the storage. Raises _TooLargeError."""
-        while wishes.storage is not None:
-            stored = self.estimate(wishes, str(config), rung).stored_bytes
+        if wishes.storage is None:
+            return config
+        for smaller in sizes(config):
+            stored = self.estimate(wishes, str(smaller), rung).stored_bytes
             if stored <= wishes.storage:
-                break
-            options = config.options()
-            size = next((key for key in SIZES if options.get(key, 0) > 1), None)
-            if size is None:
-                raise _TooLargeError("storage", f"it stores {show_bytes(stored)} at the least")
-            config = configure(config, **{size: options[size] // 2})
-        return config
+                return smaller
+        raise _TooLargeError("storage", f"it stores {show_bytes(stored)} at the least")
 
     def _rung_within(
         self, memory: int, wishes: Wishes, spec: str, rungs: Sequence[dict[str, Any]]
@@ -279,6 +276,15 @@ class Adviser:
         return rung, found
 
 
+def sizes(config: Config) -> Iterator[Config]:
+    """A configuration, then the same with its size halved again and again, where it has one."""
+    yield config
+    for size in SIZES:
+        while (value := config.options().get(size, 0)) > 1:
+            config = configure(config, **{size: value // 2})
+            yield config
+
+
 class _TooLargeError(Exception):
     """A method exceeds a limit, the memory or the storage, at its smallest."""
 
@@ -291,7 +297,10 @@ def _asked(wishes: Wishes, pool: list[Standing]) -> list[Standing]:
     """The methods that the user asks for; all where none is named."""
     if wishes.methods is None:
         return pool
-    names = {name for word in wishes.methods.split(",") for name in methods(word.strip())}
+    words = [word.strip() for word in wishes.methods.split(",")]
+    if not all(words):
+        raise UserError(f"--methods {wishes.methods!r} has an empty part between commas")
+    names = {name for word in words for name in methods(word)}
     return [each for each in pool if each.name in names]
 
 

@@ -6,8 +6,9 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from deltaworks.advise.advice import Advice, Adviser, Change, Option
+from deltaworks.advise.advice import Advice, Adviser, Change, Option, sizes
 from deltaworks.core.errors import UserError
+from deltaworks.core.registry import configure
 
 COUNTED = ("trials", "examples", "epochs", "adapters_served")
 
@@ -34,18 +35,34 @@ def _values(adviser: Adviser, advice: Advice) -> Iterator[tuple[str, list[Any]]]
             edges = {edge for edge in adviser.book.bounds(wish) if edge >= 1}
             yield wish, sorted(edge for edge in edges if edge > now)
             yield wish, sorted((edge for edge in edges if edge < now), reverse=True)
-    plain = {"dtype": advice.wishes.dtype or "float32"}
-    full = adviser.estimate(advice.wishes, "full", plain)
-    peaks = {adviser.estimate(advice.wishes, spec, plain).peak_bytes for spec in ("full", best.spec)}
-    peaks |= {best.peak_bytes, 2 * facts["parameters"]}
+    full = adviser.estimate(advice.wishes, "full", {"dtype": advice.wishes.dtype or "float32"})
+    peaks = {full.peak_bytes, 2 * facts["parameters"], *_peaks(adviser, advice)}
     yield "memory", sorted(peak for peak in peaks if peak > facts["memory"])
     yield "memory", sorted((peak - 1 for peak in peaks if peak <= facts["memory"]), reverse=True)
     tiny = int(0.001 * 4 * facts["parameters"])
     limit = facts["storage"] or math.inf
     yield "storage", sorted((s for s in {best.stored_bytes - 1, tiny} if 0 < s < limit), reverse=True)
     if facts["storage"] is not None:
-        yield "storage", sorted(s for s in {tiny + 1, full.stored_bytes} if s > limit)
+        yield "storage", sorted(size for size in {tiny + 1, *_stored(adviser, advice)} if size > limit)
     yield "merge", [not facts["merge"]]
+
+
+def _peaks(adviser: Adviser, advice: Advice) -> Iterator[int]:
+    """What the best option takes in its settings, and in those that save less."""
+    best, wishes = advice.options[0], advice.wishes
+    own = {key: value for key, value in best.settings.items() if key != "epochs"}
+    for rung in adviser.rungs({"dtype": wishes.dtype, "quantize": wishes.quantize}):
+        yield adviser.estimate(wishes, best.spec, rung).peak_bytes
+        if rung == own:
+            return
+
+
+def _stored(adviser: Adviser, advice: Advice) -> Iterator[int]:
+    """What the options store that would be best without a limit, at all their sizes."""
+    free = advice.wishes.model_copy(update={"storage": None})
+    for option in adviser.judge(free, show=len(advice.options)).options:
+        for config in sizes(configure(option.spec)):
+            yield adviser.estimate(free, str(config), adviser.rungs(advice.facts)[0]).stored_bytes
 
 
 def _first(adviser: Adviser, advice: Advice, wish: str, then: Any) -> Option | None:

@@ -68,8 +68,9 @@ def lines(advice: Advice) -> Iterator[str]:
         yield "not advised"
         for title, names in _grouped(advice).items():
             yield from _wrapped(f"{title}: {join(names)}", "   ", "     ")
-    others = len(registry()) - len({each.method for each in (*advice.options, *advice.excluded)})
-    yield f"no more speaks for any of the {others} others: compare them on your data"
+    named = {option.method for option in advice.options} | {out.method for out in advice.excluded}
+    others = sum(name not in named for name in registry())
+    yield f"less or nothing speaks for the {others} others: compare them on your data"
     if advice.changes:
         yield ""
         yield "what would change the first choice"

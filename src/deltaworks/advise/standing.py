@@ -85,12 +85,13 @@ class Standing:
     def rates_for(self, trials: int) -> list[float]:
         """As many learning rates as there are trials, ascending: those nearest to the likeliest one."""
         config = self.candidate.config
-        usual = sorted(self.rates or {config.learning_rate, *config.tried})
-        likely = usual[len(usual) // 2] if self.rates else config.learning_rate
-        pool = {*usual, *self.more_rates}
         if self.finding is not None and self.finding.rate is not None:
             likely = self.finding.rate
-            pool |= {likely, likely / 3, likely * 3}
+            pool = {likely * factor for factor in (1 / 9, 1 / 3, 1, 3, 9)}
+        else:
+            usual = sorted(self.rates or {config.learning_rate, *config.tried})
+            likely = usual[len(usual) // 2] if self.rates else config.learning_rate
+            pool = {*usual, *self.more_rates}
         chosen: list[float] = []
         for rate in sorted(pool, key=lambda rate: (abs(math.log(rate / likely)), rate)):
             if all(max(rate / other, other / rate) > ALIKE for other in chosen):
