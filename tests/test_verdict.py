@@ -1,20 +1,11 @@
 """Verdicts claim what paired tests carry, and no more."""
 
-import random
 from typing import Any
 
 import pytest
 from synthetic import a_record, some_records
 
-from deltaworks.compare.noise import (
-    mcnemar,
-    paired_p,
-    student_quantile,
-    student_tail,
-    welch_p,
-    wilson_interval,
-)
-from deltaworks.compare.standings import compare, told_apart
+from deltaworks.compare.standings import compare
 from deltaworks.compare.verdict import verdict
 from deltaworks.compare.wording import join, show_bytes, show_count, show_seconds, show_share
 from deltaworks.store.records import Counts, Record, Score
@@ -31,43 +22,13 @@ def run(name: str, right: str | None, seed: int = 0, score: float | None = None,
     )
 
 
-# ------------------------------------------------------------------- statistics, against known numbers
-
-
-def test_student_quantiles_are_those_of_the_tables() -> None:
-    for degrees, expected in ((1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (9, 2.262), (30, 2.042)):
-        assert student_quantile(degrees) == pytest.approx(expected, abs=5e-4)
-    assert student_tail(0.0, 5) == pytest.approx(1.0)
-
-
-def test_intervals_and_tests_agree_with_scipy() -> None:
-    stats = pytest.importorskip("scipy.stats")
-    chance = random.Random(1)
-    for _ in range(50):
-        first = [chance.gauss(0.9, 0.01) for _ in range(chance.randint(2, 6))]
-        second = [chance.gauss(0.89, 0.02) for _ in first]
-        differences = [a - b for a, b in zip(first, second, strict=True)]
-        assert paired_p(differences) == pytest.approx(stats.ttest_1samp(differences, 0).pvalue, abs=1e-9)
-        a, b = chance.randint(0, 400), chance.randint(0, 400)
-        assert mcnemar(a, b) == pytest.approx(stats.binomtest(a, max(1, a + b)).pvalue, rel=1e-6)
-        total = chance.randint(1, 900)
-        right = chance.randint(0, total)
-        expected = stats.binomtest(right, total).proportion_ci(method="wilson")
-        assert wilson_interval(right / total, total) == pytest.approx((expected.low, expected.high), abs=1e-9)
-    # rounding the degrees of freedom down can only make Welch's test more careful
-    first, second = [0.91, 0.92, 0.90], [0.85, 0.88, 0.86, 0.84]
-    assert welch_p(first, second) >= stats.ttest_ind(first, second, equal_var=False).pvalue
-
-
-def test_mcnemar_by_hand() -> None:
-    assert mcnemar(0, 0) == 1.0
-    assert mcnemar(5, 0) == pytest.approx(2 / 32)
-    assert mcnemar(6, 0) == pytest.approx(2 / 64)
-    assert mcnemar(1, 4) == pytest.approx(2 * 6 / 32)
-    assert mcnemar(3000, 100) < 1e-12
-
-
 # ---------------------------------------------------------------------------------------- told apart
+
+
+def told_apart(*records: Record) -> bool:
+    """Whether the only two methods of the records can be told apart."""
+    (found,) = compare(records)
+    return found.told_apart(*found.scored)
 
 
 def entries(*records: Record) -> dict[str, Any]:
@@ -76,44 +37,85 @@ def entries(*records: Record) -> dict[str, Any]:
 
 
 def test_one_seed_is_judged_by_its_answers() -> None:
-    few = entries(run("A", "1" * 95 + "0" * 5), run("B", "1" * 90 + "0" * 10))  # 5 flips: p = 0.06
-    assert not told_apart(few["A"], few["B"])
-    more = entries(run("A", "1" * 96 + "0" * 4), run("B", "1" * 90 + "0" * 10))  # 6 flips: p = 0.03
-    assert told_apart(more["A"], more["B"])
+    # 5 flips: p = 0.06; 6 flips: p = 0.03
+    assert not told_apart(run("A", "1" * 95 + "0" * 5), run("B", "1" * 90 + "0" * 10))
+    assert told_apart(run("A", "1" * 96 + "0" * 4), run("B", "1" * 90 + "0" * 10))
 
 
 def test_one_seed_without_answers_tells_nothing_apart() -> None:
-    found = entries(run("A", None, score=0.99), run("B", None, score=0.10))
-    assert not told_apart(found["A"], found["B"])
-    assert found["A"].interval is None
-    assert "no difference can be called clear" in " ".join(
-        verdict([run("A", None, score=0.99), run("B", None, score=0.1)])
-    )
+    records = [run("A", None, score=0.99), run("B", None, score=0.10)]
+    assert not told_apart(*records)
+    assert entries(*records)["A"].interval is None
+    assert "no difference can be called clear" in " ".join(verdict(records))
 
 
 def test_seeds_are_paired() -> None:
     base = (0.80, 0.90, 0.70)  # the seeds differ far more than the methods
     records = [run("A", None, seed, score + 0.02 + seed * 1e-4) for seed, score in enumerate(base)]
     records += [run("B", None, seed, score) for seed, score in enumerate(base)]
-    found = entries(*records)
-    assert told_apart(found["A"], found["B"])
-    low, high = found["A"].interval
+    assert told_apart(*records)
+    low, high = entries(*records)["A"].interval
     assert low < 0.7 < 0.9 < high
 
 
 def test_equal_differences_for_all_seeds_are_no_evidence() -> None:
     records = [run("A", None, seed, 0.9) for seed in (0, 1)] + [run("B", None, seed, 0.8) for seed in (0, 1)]
-    found = entries(*records)
-    assert not told_apart(found["A"], found["B"])
-    assert found["A"].interval is None
+    assert not told_apart(*records)
+    assert entries(*records)["A"].interval is None
 
 
 def test_few_test_examples_hold_back_what_seeds_alone_would_claim() -> None:
     records = []
     for seed, (first, second) in enumerate([("1110", "1100"), ("1111", "1100"), ("1110", "1000")]):
         records += [run("A", first, seed), run("B", second, seed)]
-    found = entries(*records)
-    assert not told_apart(found["A"], found["B"])
+    assert not told_apart(*records)
+
+
+def test_a_score_that_is_not_the_mean_of_the_answers_is_not_judged_by_them() -> None:
+    as_f1 = [run("A", "1" * 200), run("B", "0" * 200)]
+    for record, score in zip(as_f1, (0.9, 0.3), strict=True):
+        assert record.test is not None
+        record.test.metric, record.test.score = "macro_f1", score
+    assert not told_apart(*as_f1)
+
+
+def token_run(name: str, values: list[float], weights: list[float], seed: int = 0) -> Record:
+    score = sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights)
+    test = Score(metric="token accuracy", score=score, values=values, weights=weights)
+    return a_record(method=name.lower(), name=name, seed=seed, test=test)
+
+
+def test_tokens_count_with_the_length_of_their_example() -> None:
+    better = [0.6 + 0.01 * (index % 7) for index in range(60)]
+    worse = [value - 0.05 - 0.01 * (index % 3) for index, value in enumerate(better)]
+    lengths = [10.0 + index % 9 for index in range(60)]
+    assert told_apart(token_run("A", better, lengths), token_run("B", worse, lengths))
+    # nearly all tokens lie in one example: the same values hardly say anything
+    lengths = [1.0] * 59 + [5000.0]
+    assert not told_apart(token_run("A", better, lengths), token_run("B", [*worse[:-1], better[-1]], lengths))
+    # another test split with other lengths cannot be paired
+    assert not told_apart(token_run("A", better, [1.0] * 60), token_run("B", worse, [2.0, *[1.0] * 59]))
+
+
+def test_a_rank_is_one_more_than_the_number_of_methods_that_are_clearly_better() -> None:
+    def marks(right: int) -> str:
+        return "1" * right + "0" * (400 - right)
+
+    records = [run(name, marks(right)) for name, right in (("A", 380), ("B", 378), ("C", 340), ("D", 336), ("E", 90))]
+    (found,) = compare(records)
+    assert [(entry.label, found.rank(entry)) for entry in found.entries] == [
+        ("A", 1), ("B", 1), ("C", 3), ("D", 3), ("E", 5),
+    ]  # fmt: skip
+    assert [entry.label for entry in found.leaders] == ["A", "B"]
+    lost = compare([*records, run("F", None, status="failed")])[0]
+    assert lost.rank(lost.entries[-1]) is None
+
+
+def test_many_methods_need_a_larger_difference() -> None:
+    best, other = "1" * 98 + "0" * 2, "1" * 90 + "0" * 10  # 8 flips: p = 0.008, one of 15 pairs: 0.117
+    assert told_apart(run("A", best), run("B", other))
+    crowd = compare([run("A", best), *(run(name, other) for name in "BCDEF")])[0]
+    assert len(crowd.leaders) == 6
 
 
 def test_the_interval_never_vanishes_where_test_examples_are_few() -> None:

@@ -3,7 +3,7 @@
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
-from deltaworks.compare.standings import Comparison, Entry, compare, told_apart
+from deltaworks.compare.standings import Comparison, Entry, compare
 from deltaworks.compare.wording import join, plural, show_bytes, show_count, show_share, three_digits
 from deltaworks.store.records import Record
 
@@ -14,7 +14,8 @@ _SPREAD = 0.05
 def verdict(records: Sequence[Record]) -> list[str]:
     """A few plain sentences for a person: who leads, at what cost, against which baselines, how surely.
 
-    Methods are "told apart" only where a paired test at the 95 % level says so (see ``told_apart``).
+    Methods are "told apart" only where a test at the 95 % level, paired over seeds and test examples and corrected
+    for the number of comparisons, says so (see ``noise``).
     Records of several models or data sets are judged apart, each under its name.
     """
     comparisons = compare(records)
@@ -113,7 +114,7 @@ def _baselines(comparison: Comparison) -> list[str]:
     if full is not None and full.score is not None:
         reached = f"Full fine-tuning reaches {comparison.show(full.score)}"
         gap = comparison.gap(best.score - full.score)
-        if not told_apart(best, full):
+        if not comparison.told_apart(best, full):
             sentences.append(f"{reached} and cannot be told apart from {best.label}.")
         elif best.better(best.score, full.score):
             sentences.append(f"{reached}: {best.label} is {gap} better.")
@@ -122,7 +123,7 @@ def _baselines(comparison: Comparison) -> list[str]:
     if head is not None and head.score is not None:
         reached = f"Training only the head reaches {comparison.show(head.score)}"
         gap = comparison.gap(best.score - head.score)
-        if not told_apart(best, head):
+        if not comparison.told_apart(best, head):
             sentences.append(f"{reached}, and {best.label} shows no clear gain over it.")
         elif best.better(best.score, head.score):
             sentences.append(f"{reached}, so {best.label} gains {gap} over a frozen model.")
@@ -159,7 +160,7 @@ def caveats(comparison: Comparison) -> list[str]:
     if seeds == [1]:
         noise = "another seed may change the order" if len(entries) > 1 else "another seed may change it"
         basis = f"Each score is one seed{on}; {noise}"
-        judged = any(entry.answers for entry in entries)
+        judged = comparison.judged_examples is not None
         if len(entries) == 1 or judged:
             sentences.append(f"{basis}.")
         else:
@@ -167,12 +168,6 @@ def caveats(comparison: Comparison) -> list[str]:
     else:
         counts = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
         sentences.append(f"Scores are means over {counts} seeds{on}, with 95 % intervals.")
-    others = len(comparison.candidates) - 1
-    if others >= 10:
-        sentences.append(
-            f"Each of the {others} comparisons with the best is made at the 95 % level, "
-            "so about one in twenty can mislead."
-        )
     if comparison.split == "validation":
         sentences.append("No run has a test score: these validation scores helped to choose the runs and flatter them.")
     sentences += _search_caveats(entries) + _unequal(entries)
