@@ -71,6 +71,19 @@ class Comparison:
         return self._ranks.get(id(entry))
 
     @property
+    def base_inference_speed(self) -> float | None:
+        """Samples per second of the frozen model: of the head-only baseline, else of the fastest entry."""
+        head = self.baseline("head")
+        speeds = [entry.inference_samples_per_second for entry in ([head] if head else self.scored)]
+        return max((speed for speed in speeds if speed), default=None)
+
+    @property
+    def cost_seconds(self) -> float | None:
+        """Wall time of all runs, trials and tests among them."""
+        known = [run.wall_seconds for run in self.records if run.wall_seconds is not None]
+        return sum(known) if known else None
+
+    @property
     def judged_examples(self) -> int | None:
         """How many test examples the differences are judged over; None where the records have none."""
         counts = [len(found.weights) for entry in self.scored if (found := entry.sample.examples) is not None]
@@ -150,8 +163,11 @@ def _labels(runs: Sequence[Record]) -> list[str]:
 
 
 def _variant(run: Record) -> tuple[str, ...]:
-    """What makes runs repetitions of each other: all but seed and chosen learning rate."""
-    config = sorted((key, str(value)) for key, value in run.config.items() if key != "seed")
+    """What makes runs repetitions of each other: all but the seed, and the learning rate and whose run chose it."""
+    settings = {key: value for key, value in run.config.items() if key != "seed"}
+    if isinstance(schedule := settings.get("schedule"), dict):
+        settings["schedule"] = {key: value for key, value in schedule.items() if key != "searched_on"}
+    config = sorted((key, str(value)) for key, value in settings.items())
     dtypes = sorted(run.dtypes.items())
     return run.method, run.targets, str(run.steps), str(run.batch_size), str(config), str(dtypes)
 

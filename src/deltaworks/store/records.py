@@ -199,6 +199,7 @@ class Record(_Part):
     training_tokens_per_second: Amount | None = None
     inference_tokens_per_second: Amount | None = None
     wall_seconds: Amount | None = None
+    processor_seconds: Amount | None = Field(default=None, description="of all cores, in the process of the run")
     hardware: str = ""
     versions: dict[str, str] = Field(default_factory=dict)
     merge_error: Amount | None = Field(default=None, description="largest output difference after merging")

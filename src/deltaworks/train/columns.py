@@ -85,7 +85,7 @@ def choose_columns(tables: list[Table], task: str | None = None, columns: dict[s
 
 
 def check_column(table: Table, column: str) -> None:
-    """Raise UserError, with the nearest names, unless the table has the column (or all parts of "a+b")."""
+    """Raise UserError, with the nearest names, unless the table has the column (see ``parts``)."""
     known = table.columns
     for name in parts(column, known):
         if name not in known:
@@ -93,8 +93,10 @@ def check_column(table: Table, column: str) -> None:
 
 
 def parts(column: str, known: Iterable[str]) -> list[str]:
-    """The columns that ``"a+b"`` joins; a column whose own name holds a plus is itself."""
-    return [column] if column in known else column.split("+")
+    """The columns that ``"a+b"`` joins, or that the first of ``"a|b"`` does that is there; a known name is itself."""
+    known = set(known)
+    options = [[column]] if column in known else [option.split("+") for option in column.split("|")]
+    return next((option for option in options if known.issuperset(option)), options[0])
 
 
 def _guess(

@@ -35,7 +35,7 @@ def train(
     the processes that share the work; all of them return the record. ``tell`` gets progress as dictionaries. Raises
     UserError for what the user can mend, before the training begins.
     """
-    began, clock = datetime.now(UTC), time.perf_counter()
+    began, clock, work = datetime.now(UTC), time.perf_counter(), time.process_time()
     stage = prepare(recipe, data, team)
     tell({"event": "prepared", "steps": stage.steps, "rates": recipe.trained_rates(stage.config)})
     cuda = stage.device.type == "cuda"
@@ -69,5 +69,9 @@ def train(
             fields |= {"status": "finished", **stage.team.of_main(lambda: examine(stage, folder, tell))}
             scores = [point.validation for point in best.curve if point.validation is not None]
             fields["validation"] = Validation(last=best.score, best=max(scores, default=best.score))
-    fields |= {"finished": datetime.now(UTC), "wall_seconds": time.perf_counter() - clock}
+    fields |= {
+        "finished": datetime.now(UTC),
+        "wall_seconds": time.perf_counter() - clock,
+        "processor_seconds": time.process_time() - work,
+    }
     return Record(**fields)

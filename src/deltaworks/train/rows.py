@@ -18,6 +18,7 @@ def normalised(table: Table, choice: Choice, labels: list[str] | None, notes: li
     by_role: dict[str, list[Any]] = {}
     for role, column in choice.columns.items():
         check_column(table, column)
+        column = "+".join(parts(column, table.columns))
         if role == "label":
             index = {name: number for number, name in enumerate(labels or [])}
             by_role[role] = [index[name] for name in _label_values(table, column)]
@@ -45,6 +46,7 @@ def label_names_of(table: Table, column: str, known: list[str] | None = None) ->
         UserError: A label is missing, of another type than the others, or not among the known ones.
     """
     check_column(table, column)
+    column = "+".join(parts(column, table.columns))
     values = _label_values(table, column)
     if known is not None:
         among = set(known)
