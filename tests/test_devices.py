@@ -154,6 +154,16 @@ def trained(recipe: Recipe, team: Team) -> tuple[Record, dict[str, torch.Tensor]
         return train(recipe, team=team), kept
 
 
+@pytest.mark.slow
+def test_a_method_that_decides_by_its_own_share_is_refused(recipes: dict[str, Any], tmp_path: Path) -> None:
+    """ID3 opens entries by the gradients of the backward pass, before they are summed."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({**recipes["classes"], "method": "id3[keep=0.05]"}))
+    done = launched(["-m", "deltaworks", "tune", str(recipe), f"out={tmp_path / 'out'}"])
+    assert done.returncode != 0
+    assert "id3[keep=0.05] decides by what each process sees for itself: train it in one process" in done.stderr
+
+
 def main(plan: str) -> None:
     """In each of the processes: every recipe trained, its record and its trained values kept."""
     content = json.loads(Path(plan).read_text())

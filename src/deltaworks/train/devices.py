@@ -1,7 +1,8 @@
 """One run over several devices: ``torchrun`` or ``accelerate launch`` start a process for each.
 
 Every process trains on its share of each batch. Losses and gradients are summed with the weight that a share has in
-the mean over the whole batch, so that the run is that of one process but for rounding and the draws of dropout.
+the mean over the whole batch, so that the run is that of one process but for rounding and the draws of dropout. Terms
+that a method adds to the loss are those of the shares, averaged with the same weights.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from deltaworks.core.delta import Delta
 from deltaworks.core.errors import UserError
@@ -106,7 +108,11 @@ class Team:
     def check(self, delta: Delta) -> None:
         """Raises UserError where the processes no longer hold the same adapter."""
         if self.size > 1:
-            self._agree(delta, stable_hash(str([float(p.double().sum()) for p in delta.parameters()])))
+            # what a procedure measured may differ by rounding, what it chose may not
+            leaves = [leaf for leaf in tree_leaves(delta.procedure.state()) if isinstance(leaf, Tensor)]
+            chosen = [leaf for leaf in leaves if not leaf.is_floating_point()]
+            held = [*delta.tensors(training=True).values(), *chosen]
+            self._agree(delta, stable_hash(str([float(tensor.double().sum()) for tensor in held])))
 
     def _agree(self, delta: Delta, mark: int) -> None:
         marks = [torch.tensor([0], device=self.device) for _ in range(self.size)]
