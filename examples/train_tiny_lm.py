@@ -115,10 +115,13 @@ def train_tokenizer(corpus: Path) -> PreTrainedTokenizerFast:
         vocab_size=VOCABULARY, special_tokens=[END, PAD], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
     tokenizer.train_from_iterator(_sample(corpus), trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single=f"{END} $A", special_tokens=[(END, 0)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=END, eos_token=END, pad_token=PAD, model_max_length=CONTEXT
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{END} $A", pair=f"{END} $A {END} $B", special_tokens=[(END, 0)]
     )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=END, eos_token=END, pad_token=PAD, model_max_length=CONTEXT,
+        model_input_names=["input_ids", "attention_mask"],
+    )  # fmt: skip
 
 
 def _sample(corpus: Path) -> Iterator[str]:
@@ -287,6 +290,10 @@ def train(
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group("gloo")
     first = not dist.is_initialized() or dist.get_rank() == 0
+    if first:
+        prepare(corpus, out)
+    if dist.is_initialized():
+        dist.barrier()
     run = Run(out, prepare(corpus, out), seed)
     stopped: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -325,7 +332,9 @@ def export(to: Path, out: Out = OUT) -> None:
     model = new_model(seed=0)
     model.load_state_dict(torch.load(out / CHECKPOINT, weights_only=True)["model"])
     model.bfloat16().save_pretrained(to)
-    PreTrainedTokenizerFast.from_pretrained(out).save_pretrained(to)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(out)
+    tokenizer.save_pretrained(to)
+    tokenizer.backend_tokenizer.save(str(to / "tokenizer.json"), pretty=False)  # one line, not one for each merge
 
 
 @app.command()
