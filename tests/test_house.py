@@ -68,7 +68,7 @@ def files(folder: Path = ROOT) -> Iterator[Path]:
 
 
 def test_no_source_file_is_too_long() -> None:
-    sizes = {named(path): lines_of(path) for path in sorted(files(SOURCE))}
+    sizes = {named(path): lines_of(path) for path in sorted(files(SOURCE)) if path.suffix != ".safetensors"}
     assert_none(f"{name} has {size} lines" for name, size in sizes.items() if size > LONGEST)
 
 
