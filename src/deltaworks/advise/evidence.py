@@ -116,6 +116,8 @@ class Verdict:
     best: str
     best_score: float
     in_best_group: bool
+    group: int  # methods in the best group, of
+    entries: int  # so many: where they are equal, the records tell nothing apart
     on_front: bool  # no other entry scores as much at a lower cost, or more at the same
 
     @property
@@ -158,7 +160,7 @@ def stands_up(
             continue
         (within,) = compare([run for entry in kept for run in entry.runs])
         own = next((entry for entry in within.scored if method_of(entry) == method), None)
-        best = within.scored[0]
+        best, group = within.scored[0], best_group(within)
         run = comparison.any_run
         verdicts.append(
             Verdict(
@@ -167,7 +169,9 @@ def stands_up(
                 score=None if own is None else own.score,
                 best=best.any_run.method,
                 best_score=best.score or 0.0,
-                in_best_group=own is not None and own in best_group(within),
+                in_best_group=own is not None and own in group,
+                group=len(group),
+                entries=len(within.scored),
                 on_front=own is not None and not any(_dominates(other, own, cost) for other in within.scored),
             )
         )
