@@ -79,6 +79,17 @@ def test_the_shares_of_a_batch_add_up_to_its_loss_and_gradients(recipes: dict[st
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
 
 
+def test_a_share_that_counts_nothing_weighs_nothing() -> None:
+    logits = torch.zeros(2, 3, requires_grad=True)
+    nothing = torch.nn.functional.cross_entropy(logits, torch.tensor([-100, -100]))
+    assert nothing.isnan()
+    weighted = Team(1, 2).weighted(nothing, [{"tokens": 4}, {"tokens": 0}], lambda rows: sum(r["tokens"] for r in rows))
+    weighted.backward()
+    assert weighted.item() == 0
+    assert logits.grad is not None
+    assert torch.equal(logits.grad, torch.zeros(2, 3))
+
+
 @pytest.mark.parametrize(
     ("size", "device", "sentence"), [("2", "cuda:1", "device=cuda:1 is one device, and 2 processes were started")]
 )

@@ -57,7 +57,8 @@ class Team:
         """The loss of the share as its part of the loss of the whole batch."""
         if self.size == 1:
             return loss
-        return loss * (counted(examples[self.rank :: self.size]) / counted(examples))
+        part = counted(examples[self.rank :: self.size]) / max(1, counted(examples))
+        return loss * part if part else loss.nan_to_num() * 0.0  # a mean over nothing is not a number
 
     @contextmanager
     def own_chance(self, name: str) -> Iterator[None]:
