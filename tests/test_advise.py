@@ -349,6 +349,7 @@ def test_the_values_that_are_tried_lie_beside_the_bounds_of_the_rules() -> None:
         ({"adapters_served": 0}, "--adapters-served: "),
         ({"task": "clasification"}, "--task 'clasification' is unknown: did you mean 'classification'"),
         ({"dtype": "float8"}, "--dtype: input should be 'float32', 'bfloat16' or 'float16'"),
+        ({"quantize": "nf5"}, "--quantize: input should be 'nf4' or 'int8'"),
         ({"methods": "lorra"}, "no method matches 'lorra': did you mean 'lora'"),
         ({"methods": "lora,"}, "--methods 'lora,' has an empty part between commas"),
         ({"colour": "red"}, "there is no wish 'colour'"),

@@ -33,13 +33,11 @@ def _facts(config: type[Config], found: Ability) -> dict[str, Any]:
         "name": found.name,
         "family": found.family,
         "kinds": tuple({*config.kinds, *(kind for part in parts for kind in part.kinds)}),
-        "parts": len(parts),
         "form": found.form,
         "merges": found.merge is None,
         "cannot_merge": found.merge,
         "rows": found.rows is None,
         "cannot_rows": found.rows,
-        "identity": found.identity,
         "over_time": any(type(part).procedure is not Config.procedure for part in parts),
     }
 
@@ -53,11 +51,10 @@ def composed(spec: str) -> Candidate:
         "name": spec,
         "family": tuple(member["family"] for member in members),
         "kinds": tuple({kind for member in members for kind in member["kinds"]}),
-        "parts": len(members),
         "form": max(member["form"] or 3 for member in members),
         "over_time": any(member["over_time"] for member in members),
     }
-    for able in ("merges", "rows", "identity"):
+    for able in ("merges", "rows"):
         facts[able] = all(member[able] for member in members)
     for reason in ("cannot_merge", "cannot_rows"):
         facts[reason] = next((member[reason] for member in members if member[reason]), None)

@@ -58,11 +58,11 @@ def _peaks(adviser: Adviser, advice: Advice) -> Iterator[int]:
 
 
 def _stored(adviser: Adviser, advice: Advice) -> Iterator[int]:
-    """What the options store that would be best without a limit, at all their sizes."""
+    """What the option stores that would be best without a limit, at all its sizes."""
     free = advice.wishes.model_copy(update={"storage": None})
-    for option in adviser.judge(free, show=len(advice.options)).options:
-        for config in sizes(configure(option.spec)):
-            yield adviser.estimate(free, str(config), adviser.rungs(advice.facts)[0]).stored_bytes
+    best = adviser.judge(free, show=1).options[0]
+    for config in sizes(configure(best.spec)):
+        yield adviser.estimate(free, str(config), adviser.rungs(advice.facts)[0]).stored_bytes
 
 
 def _first(adviser: Adviser, advice: Advice, wish: str, then: Any) -> Option | None:

@@ -70,14 +70,8 @@ def base_of(measured: int, parameters: int) -> str | None:
 
 
 def best_group(comparison: Comparison) -> list[Entry]:
-    """The leaders, and the baselines that score no less than one of them."""
-    leaders = comparison.leaders
-    scores = [entry.score for entry in leaders if entry.score is not None]
-    if not scores:
-        return []
-    last = min(scores) if leaders[0].higher_is_better else max(scores)
-    level = [e for e in comparison.scored if e.score is not None and not e.better(last, e.score) and e.baseline]
-    return [*leaders, *(entry for entry in level if entry not in leaders)]
+    """The entries that no other is clearly better than, baselines among them."""
+    return [entry for entry in comparison.scored if comparison.rank(entry) == 1]
 
 
 def method_of(entry: Entry) -> str:

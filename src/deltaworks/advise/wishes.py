@@ -49,7 +49,7 @@ class Wishes(BaseModel):
     batch: Whole = 32
     length: Whole = 256
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(None, description="of the base; default: chosen")
-    quantize: str | None = Field(None, description="of the base; default: chosen")
+    quantize: Literal["nf4", "int8"] | None = Field(None, description="of the base; default: chosen")
     methods: str | None = Field(None, description="methods asked for, with commas between; wildcards allowed")
 
 
