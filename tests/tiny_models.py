@@ -86,3 +86,16 @@ class Killed(nn.Module):
 
 def killed() -> nn.Module:
     return Killed()
+
+
+class Unlucky(Killed):
+    """Raises an error while it trains."""
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        if self.training and torch.is_grad_enabled() and self.bag.first.weight.device.type == "cpu":
+            raise RuntimeError("no luck today")
+        return self.bag(input_ids, attention_mask)
+
+
+def unlucky() -> nn.Module:
+    return Unlucky()

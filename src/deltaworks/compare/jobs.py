@@ -153,5 +153,5 @@ class Crew:
     def _stop_late(self, engine: Engine) -> None:
         for job in self.running:
             if self.run_seconds and not job.message and time.monotonic() - job.started > self.run_seconds:
-                job.message = f"stopped after {self.run_seconds:.0f} seconds, the limit of the comparison"
+                job.message = f"stopped after {self.run_seconds:g} seconds, the limit of the comparison"
                 engine.stop([job])
