@@ -397,10 +397,11 @@ def test_own_records_outweigh_the_rules() -> None:
         *runs("lora[rank=8]", 0.60),
         *[run.model_copy(update={"status": "failed", "test": None, "message": "boom"}) for run in runs("ia3", 0.5)],
     ]
-    best = Adviser(estimate, own).advise(parse_wishes({"model": "small", "memory": "24GB"})).options[0]
+    best = Adviser(estimate, own).advise(parse_wishes({"model": "small", "examples": 1000})).options[0]
     assert best.spec == "houlsby[reduction=8]"  # as it was run
     assert best.rates == [0.0017, 0.005, 0.015]  # around the rate that was chosen
     assert best.measured_peak_bytes == 123_000_000
+    assert best.measured_seconds == pytest.approx(3 * math.ceil(1000 * 3 / 32) * 32 / 171.0)
     told = {reason.rule: reason for reason in best.reasons}["OWN"]
     assert (told.points, told.text) == (
         6,

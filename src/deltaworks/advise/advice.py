@@ -45,7 +45,8 @@ class Option:
     steps: int | None
     seconds: float | None
     reasons: Sequence[Reason]
-    measured_peak_bytes: float | None
+    measured_peak_bytes: float | None  # in the user's own runs of the same model
+    measured_seconds: float | None  # at the throughput of these runs
 
     @property
     def answer(self) -> tuple[Any, ...]:
@@ -229,7 +230,8 @@ class Adviser:
         except _TooLargeError as error:
             standing.exclude(error.limit, str(error))
             return None
-        finding = standing.finding
+        own = standing.finding if standing.finding is not None and standing.finding.base == "same" else None
+        speed = own.samples_per_second if own is not None else None
         rates = standing.rates_for(wishes.trials)
         steps = None if wishes.examples is None else math.ceil(wishes.examples * facts["epochs"] / wishes.batch)
         return Option(
@@ -246,7 +248,8 @@ class Adviser:
             steps=steps,
             seconds=None if steps is None else steps * found.step_seconds * len(rates),
             reasons=standing.reasons,
-            measured_peak_bytes=finding.peak_bytes if finding is not None and finding.base == "same" else None,
+            measured_peak_bytes=None if own is None else own.peak_bytes,
+            measured_seconds=steps * wishes.batch / speed * len(rates) if steps is not None and speed else None,
         )
 
     def _stored_within(self, config: Config, wishes: Wishes, rung: Mapping[str, Any]) -> Config:

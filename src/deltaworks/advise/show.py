@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ def lines(advice: Advice) -> Iterator[str]:
     for number, option in enumerate(advice.options, start=1):
         yield ""
         yield f"{number}  {_named(option)}{_held(option)}"
-        yield "   " + ", ".join(_needs(option))
+        yield from _wrapped(", ".join(_needs(option)), "   ", "     ")
         yield from _wrapped(", ".join(_tried(option)), "   ", "     ")
         for reason in option.reasons:
             if reason.points:
@@ -122,14 +122,16 @@ def _named(option: Option) -> str:
 
 
 def _needs(option: Option) -> Iterator[str]:
-    measured = option.measured_peak_bytes
-    yield f"{show_bytes(option.peak_bytes)} of memory" + (f" (your runs: {show_bytes(measured)})" if measured else "")
+    def beside(measured: float | None, show: Callable[[float], str]) -> str:
+        return f" (as in your runs: {show(measured)})" if measured else ""
+
+    yield f"{show_bytes(option.peak_bytes)} of memory" + beside(option.measured_peak_bytes, show_bytes)
     yield f"{show_bytes(option.stored_bytes)} stored"
     if option.seconds is None:
         yield f"{show_seconds(option.step_seconds)} a step"
     else:
-        steps = plural(option.steps or 0, "step")
-        yield f"{show_seconds(option.seconds)} for {plural(len(option.rates), 'run')} of {steps}"
+        took = show_seconds(option.seconds) + beside(option.measured_seconds, show_seconds)
+        yield f"{took} for {plural(len(option.rates), 'run')} of {plural(option.steps or 0, 'step')}"
 
 
 def _tried(option: Option) -> Iterator[str]:
