@@ -1,5 +1,7 @@
 """The page stands alone, shows every method, and runs nothing that a record says."""
 
+import csv
+import io
 import json
 import re
 from html.parser import HTMLParser
@@ -9,10 +11,17 @@ from typing import Any
 import pytest
 from synthetic import a_record, some_records
 
-from deltaworks.compare.pictures import WIDTH, Picture, pictures, short_names, ticks
+from deltaworks.cli import app
+from deltaworks.compare.colours import looks_of
+from deltaworks.compare.overview import overview
+from deltaworks.compare.pictures import WIDTH, Box, Picture, pictures, short_names, ticks
 from deltaworks.compare.report import family_colours, pareto_front, render, write_report
+from deltaworks.compare.scalars import ppt, pscp
+from deltaworks.compare.sensitivity import sensitivity
+from deltaworks.compare.standings import compare
+from deltaworks.compare.tables import columns, rank_groups, score_ticks, table
 from deltaworks.core.errors import UserError
-from deltaworks.store.records import Counts, CurvePoint, Record, Score, Validation
+from deltaworks.store.records import Counts, CurvePoint, Record, Score, Trial, Validation, read_records
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&{{ 7*7 }}\u2028"
 
@@ -54,9 +63,21 @@ class Page(HTMLParser):
 
     @property
     def data(self) -> list[dict[str, Any]]:
-        (raw,) = [text for attributes, text in self.scripts if attributes.get("id") == "data"]
+        return self.embedded("data")
+
+    def embedded(self, name: str) -> list[dict[str, Any]]:
+        (raw,) = [text for attributes, text in self.scripts if attributes.get("id") == name]
         found: list[dict[str, Any]] = json.loads(raw)
         return found
+
+    @property
+    def heads(self) -> list[str]:
+        """The headings of the table of results."""
+        return [
+            str(attributes.get("title"))
+            for tag, attributes in self.tags
+            if tag == "button" and "data-order" in attributes
+        ]
 
 
 def page(records: list[Record]) -> Page:
@@ -76,6 +97,18 @@ def test_the_report_is_made_from_the_records_of_the_folder(tmp_path: Path) -> No
     assert [found.name for found in tmp_path.iterdir() if found.name != "records"] == ["report.html"]
     first = path.read_bytes()
     assert write_report(tmp_path).read_bytes() == first  # the same records give the same page
+
+
+def test_the_command_writes_the_page_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for record in some_records(3):
+        record.write(tmp_path / "records")
+    app(["report", str(tmp_path)], standalone_mode=False)
+    assert (tmp_path / "report.html").read_text() == render(read_records(tmp_path / "records"))
+    assert f"report: {tmp_path / 'report.html'}" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as ended:
+        app(["report", str(tmp_path / "nowhere")], standalone_mode=False)
+    assert ended.value.code == 2
+    assert "nowhere" in capsys.readouterr().err
 
 
 def test_no_records_is_a_mistake(tmp_path: Path) -> None:
@@ -153,7 +186,7 @@ def test_hostile_texts_are_shown_and_never_run() -> None:
     clean = page([a_record(), a_record(status="failed", message="m", seed=1)])
     found = page(records)
     names = [tag for tag, _ in found.tags]
-    assert len(found.scripts) == len(clean.scripts) == 3
+    assert len(found.scripts) == len(clean.scripts) == 4
     assert "img" not in names
     assert not any(name.startswith("on") for _, attributes in found.tags for name in attributes)
     assert found.text.count("alert(1)") > 10
@@ -210,11 +243,11 @@ def test_a_head_without_parameters_is_a_line_in_the_plot_of_sizes() -> None:
         name="Head", method="head", family="baseline", counts=Counts(trainable=0, changed=0, stored_bytes=9)
     )
     (data,) = page([head, a_record()]).data
-    size, memory, *_ = data["scatters"]
+    size, stored, *_ = data["scatters"]
     (row,) = size["unplaced"]
     assert data["points"][row]["label"] == "Head"
     assert row not in size["rows"]
-    assert row in memory["rows"]
+    assert row in stored["rows"]
 
 
 def test_several_models_are_several_sections() -> None:
@@ -259,6 +292,140 @@ def test_long_curves_are_thinned_to_what_a_screen_shows() -> None:
 def test_a_finished_run_without_a_score_is_shown_as_lost() -> None:
     page = render([a_record(test=None, validation=Validation(last=None, best=None))])
     assert "no message was left" in page
+
+
+# ---- single numbers, ranks and what can be taken away ---------------------------------------------------
+
+
+def test_ppt_is_that_of_the_paper() -> None:
+    pairs = [((0.8566, 0.41e6), 0.8418), ((0.7225, 0.29e6), 0.7136), ((1, 1e7), 0.7401), ((1, 9e7), 0.3679)]
+    for given, expected in pairs:
+        assert ppt(*given) == pytest.approx(expected, abs=5e-5)
+    assert ppt(0.6, 0) == 0.6
+    # V-PEFT Bench, mean of the FGVC tasks: score, trainable parameters, the PPT as printed
+    for score, trainable, printed in ((0.9072, 0.39e6, 0.89), (0.8478, 0.77e6, 0.82), (0.9178, 0.66e6, 0.90)):
+        assert ppt(score, trainable) == pytest.approx(printed, abs=0.011)
+    assert ppt(0.9, 1e6) > ppt(0.9, 2e6)
+    assert ppt(0.8, 1e6) == pytest.approx(2 * ppt(0.4, 1e6))
+
+
+def test_pscp_gives_an_8_billion_model_the_constants_of_the_paper() -> None:
+    model = 8.03e9
+    # trainable parameters, slowdown of inference as TFLOP beside 8.38, memory in GB: LoRA and IA3 of PEFT-Bench
+    for score, trainable, more, memory in ((0.801, 14_680_064, 0.0, 27.75), (0.747, 196_608, 0.31, 28.41)):
+        expected = score / (1 + trainable / 5e8) / (1 + more / 10) / (1 + memory / 94)
+        assert pscp(score, trainable, model, memory * 1e9, 1 + more / 8.38) == pytest.approx(expected, rel=1e-9)
+    assert pscp(0.8, 1e4, 1e7, 1e8, 1.0) == pytest.approx(pscp(0.8, 1e6, 1e9, 1e10, 1.0))
+    assert pscp(0.8, 1e4, 1e7, 1e8, 0.9) == pscp(0.8, 1e4, 1e7, 1e8, 1.0)  # faster than the base is noise
+
+
+def test_columns_that_no_record_fills_are_left_out() -> None:
+    assert "nats per token" not in " ".join(page([a_record()]).heads)
+    told = page([a_record(forgetting=0.25, forgetting_text="WikiText-2")])
+    assert "nats per token on WikiText-2" in " ".join(told.heads)
+    assert "+0.250" in told.text
+    assert "PPT" not in page([a_record(test=Score(metric="perplexity", score=9.0, higher_is_better=False))]).text
+
+
+def test_methods_of_one_rank_stand_together() -> None:
+    def marks(right: int) -> str:
+        return "1" * right + "0" * (400 - right)
+
+    def one(name: str, right: int) -> Record:
+        return a_record(method=name, name=name, test=Score(score=right / 400, correct=marks(right)))
+
+    (found,) = compare([one("A", 380), one("B", 378), one("C", 340), one("D", 90)])
+    groups = rank_groups(table(found, looks_of(found), columns(found)))
+    assert [(group.rank, [row.label for row in group.rows]) for group in groups] == [
+        (1, ["A", "B"]), (3, ["C"]), (4, ["D"]),
+    ]  # fmt: skip
+    assert [group.about for group in groups] == [
+        "nothing is clearly better", "2 are clearly better", "3 are clearly better",
+    ]  # fmt: skip
+    places = score_ticks(found)
+    assert [text for _, text in places] == ["20 %", "40 %", "60 %", "80 %"]
+    (row,) = groups[0].rows[:1]
+    assert row.scale is not None
+    step = places[3][0] - places[2][0]
+    assert row.scale[1] == pytest.approx(places[3][0] + 0.75 * step, abs=0.02)  # 95 %
+
+
+def test_the_rates_that_were_tried_are_small_pictures_of_one_scale() -> None:
+    calm = a_record(name="Calm", method="calm", learning_rates=[Trial(rate=r, score=0.9) for r in (1e-4, 1e-3)])
+    calm.learning_rate = 1e-3
+    wild = [Trial(rate=1e-4, score=0.5), Trial(rate=1e-3, score=0.8, stopped_at=40), Trial(rate=1e-2, score=None)]
+    told = a_record(name="Wild", method="wild", learning_rates=wild, learning_rate=1e-4)
+    given = a_record(name="Wild", method="wild", seed=1, searched_on=0, learning_rates=wild[:1], learning_rate=1e-4)
+    (found,) = compare([calm, told, given])
+    drawn = {label: picture for label, _, picture in sensitivity(found, looks_of(found))}
+    assert drawn["Wild"].about == "3 rates from 0.0001 to 0.01: 50 to 80; 1 diverged; chosen 0.0001"
+    first, second = drawn["Calm"].boxes
+    assert second.width == 2 * first.width, "the chosen rate has the larger mark"
+    low, stopped = drawn["Wild"].boxes
+    assert stopped.strength < low.strength == 1.0
+    assert stopped.tip.endswith("given up at step 40")
+    assert "×" in {text for *_, text in drawn["Wild"].texts}
+
+    def middle(box: Box) -> float:
+        return box.y + box.height / 2
+
+    assert middle(first) == middle(second) < middle(stopped) < middle(low), "90, 80 and 50 on one scale"
+    marks = [[text for _, _, anchor, text in each.texts if anchor == "end"][:3] for each in drawn.values()]
+    assert marks[0] == marks[1]
+
+
+def test_records_and_table_can_be_taken_from_the_page() -> None:
+    records = some_records(8, seeds=2)
+    (given,) = page(records).embedded("exports")
+    assert [Record.model_validate(each) for each in given["records"]] == records
+    rows = list(csv.DictReader(io.StringIO(given["csv"])))
+    assert len(rows) == 16
+    by_id = {record.run_id: record for record in records}
+    for row in rows:
+        record = by_id[row["run_id"]]
+        assert (int(row["seed"]), int(row["stored_bytes"])) == (record.seed, record.counts.stored_bytes)
+        lost = record.test is None
+        assert (row["test_accuracy"] == "") is lost
+        if record.test is not None:
+            assert float(row["test_accuracy"]) == record.test.score
+    formula = page([a_record(name="=1+1", method="=1+1")]).embedded("exports")[0]["csv"]
+    assert "'=1+1" in formula
+
+
+def test_several_comparisons_begin_with_all_ranks() -> None:
+    def one(name: str, right: int, data: str) -> Record:
+        test = Score(score=right / 400, correct="1" * right + "0" * (400 - right))
+        facts = {"name": data, "digest": data, "task": "text classification"}
+        return a_record(method=name.lower(), name=name, test=test, data=facts)
+
+    records = [one("A", 380, "x"), one("B", 300, "x"), one("C", 380, "x"), one("A", 300, "y"), one("B", 390, "y")]
+    lines = overview(compare(records))
+    assert [(line.label, line.mean_rank) for line in lines] == [("A", 1.5), ("B", 2.0), ("C", 1.0)]
+    assert lines[0].places == [(1, "95.0 %"), (2, "75.0 %")]
+    assert lines[2].places == [(1, "95.0 %"), None], "C was not run on y, so it does not come first"
+    assert "2 comparisons" in page(records).text
+
+
+def test_the_cost_of_the_whole_is_told() -> None:
+    records = [a_record(name=name, method=name, wall_seconds=1800.0) for name in "abc"]
+    text = page([*records, a_record(name="d", method="d", status="failed", wall_seconds=60.0)]).text
+    assert "1 h 31 min of runs in all" in text
+    assert "4 runs, 12 trainings" in text
+
+
+def test_training_time_leaves_out_trials_and_loading() -> None:
+    run = a_record(examples=9600, training_samples_per_second=160.0, wall_seconds=500.0)
+    assert "1 min 00 s" in page([run]).text
+
+
+def test_the_fine_print_says_how_differences_are_judged() -> None:
+    one = [a_record(name=name, method=name, test=Score(score=0.5, correct="10" * 50)) for name in "abc"]
+    assert "Paired over 100 test examples. McNemar's exact test." in page(one).text
+    assert "Holm's correction for 3 comparisons" in page(one).text
+    assert "no difference can be called clear" in page([a_record(name=name, method=name) for name in "ab"]).text
+    several = page(some_records(4, seeds=3, trouble=False)).text
+    assert "600 test examples and 3 seeds" in several
+    assert "quasi-F" in several
 
 
 # ---- what the methods did -------------------------------------------------------------------------------
@@ -361,7 +528,9 @@ def test_every_run_with_details_is_shown_under_its_method() -> None:
     }
     runs = [a_record(method="lora+ist", name="IST", seed=seed, details=told) for seed in (0, 1)]
     found = page([*runs, a_record()])
-    drawings = [attributes for tag, attributes in found.tags if tag == "svg"]
+    drawings = [
+        attributes for tag, attributes in found.tags if tag == "svg" and "seed" in str(attributes["aria-label"])
+    ]
     labels = [str(attributes["aria-label"]) for attributes in drawings]
     assert labels[:2] == [
         "IST, seed 0, Score. A line over steps 1 to 2: at first 1, at last 2",
@@ -370,7 +539,8 @@ def test_every_run_with_details_is_shown_under_its_method() -> None:
     assert [label.split(",")[1] for label in labels] == [" seed 0", " seed 0", " seed 1", " seed 1"]
     assert all(attributes["role"] == "img" for attributes in drawings)
     assert "Samples: 1,024" in found.text
-    opened = [attributes for tag, attributes in found.tags if tag == "details" and "open" in attributes]
+    told_of = [attributes for tag, attributes in found.tags if tag == "details" and attributes["class"] != "seed"]
+    opened = [attributes for attributes in told_of if "open" in attributes]
     assert len(opened) == 1, "of several seeds the first one is open"
 
 

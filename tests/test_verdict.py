@@ -211,6 +211,18 @@ def test_an_unequal_search_and_unequal_steps_are_said() -> None:
     assert "not alike in steps" in sentences
 
 
+def test_seeds_that_take_over_the_rate_are_no_smaller_search() -> None:
+    tried = [{"rate": rate, "score": 0.5} for rate in (1e-4, 3e-4, 1e-3)]
+    records = [
+        run(name, "1110", seed, learning_rates=tried[: 1 if seed else 3], searched_on=0 if seed else None)
+        for name in "AB"
+        for seed in (0, 1, 2)
+    ]
+    sentences = " ".join(verdict(records))
+    assert "3 learning rates were tried per method." in sentences
+    assert "differs between runs" not in sentences
+
+
 @pytest.mark.parametrize(("count", "seeds"), [(0, 1), (1, 1), (3, 1), (10, 3), (40, 1), (40, 2)])
 def test_no_superlative_without_its_reservation(count: int, seeds: int) -> None:
     sentences = verdict(some_records(count, seeds))

@@ -115,6 +115,19 @@ def compare(
     run(chosen, out, engine=engine, keep_adapters=keep_adapters)
 
 
+@command("deltaworks report runs/comparison")
+def report(folder: Annotated[Path, typer.Argument(help="the folder of a comparison; it holds records/")]) -> None:
+    """Write the page of a comparison again, from its records."""
+    from rich.console import Console
+
+    from deltaworks.compare.live import summary
+    from deltaworks.compare.report import write_report
+    from deltaworks.store.records import read_records
+
+    page = write_report(folder)
+    summary(Console(), read_records(folder / "records"), page)
+
+
 @command("deltaworks plan minilm --method lora[rank=16] --batch 32 --length 128")
 def plan(
     model: Annotated[

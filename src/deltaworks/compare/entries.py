@@ -105,6 +105,12 @@ class Entry:
         return self.median(lambda run: run.wall_seconds)
 
     @property
+    def cost_seconds(self) -> float | None:
+        """Wall time of all its runs, trials and tests among them."""
+        known = [run.wall_seconds for run in (*self.runs, *self.unfinished) if run.wall_seconds is not None]
+        return sum(known) if known else None
+
+    @property
     def training_seconds(self) -> float | None:
         """Of one training at the measured speed, median over the seeds; loading, trials and tests are not counted."""
         return self.median(

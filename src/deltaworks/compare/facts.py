@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from deltaworks.compare.standings import Comparison, Entry, score_of
-from deltaworks.compare.wording import plural, show_bytes
+from deltaworks.compare.wording import plural, show_bytes, show_seconds
 from deltaworks.store.records import Record
 
 
@@ -59,6 +59,7 @@ def setting(entry: Entry, run: Record) -> Setting:
                 "{1:,.0f} in {0}",
             ),
         ),
+        ("Forgetting", _forgetting(run)),
         ("Merge error", "" if run.merge_error is None else f"{run.merge_error:.2g} (largest output difference)"),
         ("Started", _moment(run.started)),
         ("Finished", _moment(run.finished)),
@@ -67,7 +68,7 @@ def setting(entry: Entry, run: Record) -> Setting:
         ("Details", "\n".join(f"{key}: {json.dumps(told, ensure_ascii=False)}" for key, told in run.details.items())),
     ]
     return Setting(
-        title=f"{entry.label}, seed {run.seed}",
+        title=f"Seed {run.seed}",
         summary=summary,
         message=run.message,
         facts=_told(facts),
@@ -84,6 +85,8 @@ def shared_facts(comparison: Comparison) -> list[tuple[str, str]]:
         ("Examples", ", ".join(f"{size:,} {split}" for split, size in run.data.sizes.items())),
         ("Labels", _labels(run.data.labels)),
         ("Head", f"{run.counts.head:,} values, trained with every method" if run.counts.head else ""),
+        ("Differences", judging(comparison)),
+        ("Cost", _cost(comparison)),
         ("Optimizer", _each(found.optimizer for found in runs)),
         ("Learning rate chosen on", _each(found.learning_rate_split for found in runs)),
         ("Memory includes", _each(found.peak_memory_includes for found in runs)),
@@ -91,6 +94,44 @@ def shared_facts(comparison: Comparison) -> list[tuple[str, str]]:
         ("Versions", _each(_pairs(found.versions) for found in runs)),
     ]
     return _told(facts)
+
+
+def judging(comparison: Comparison) -> str:
+    """How it is judged whether a difference is clear, as far as it concerns this comparison."""
+    entries = comparison.scored
+    seeds = max((len(entry.runs) for entry in entries), default=0)
+    examples = comparison.judged_examples
+    if len(entries) < 2:
+        return ""
+    over = [plural(examples, "test example")] if examples else []
+    over += [plural(seeds, "seed")] if seeds > 1 else []
+    if not over:
+        return "Neither test examples nor several seeds are in the records, so no difference can be called clear."
+    found = entries[0].sample.examples
+    if seeds > 1:
+        test = (
+            "The squared difference of two means over its variance between seeds plus that between test examples "
+            "(Clark's quasi-F, with the degrees of freedom of Welch and Satterthwaite); "
+            if examples
+            else "The difference of two means over its deviation between seeds (Student's t); "
+        )
+        test += "a method whose seeds differ less than is typical is given the typical variance"
+    else:
+        test = "McNemar's exact test" if found is not None and found.answers else "Student's paired t-test"
+    pairs = len(entries) * (len(entries) - 1) // 2
+    return (
+        f"Paired over {' and '.join(over)}. {test}. Clear means p < 0.05 after Holm's correction for "
+        f"{plural(pairs, 'comparison')}. Rank: 1 + the number of entries that are clearly better. Intervals: 95 %, "
+        f"over {' and '.join(over)}."
+    )
+
+
+def _cost(comparison: Comparison) -> str:
+    if comparison.cost_seconds is None:
+        return ""
+    runs = comparison.records
+    trained = plural(sum(len(run.learning_rates) for run in runs), "training")
+    return f"{show_seconds(comparison.cost_seconds)}: {plural(len(runs), 'run')}, {trained}, loading and tests included"
 
 
 def _told(facts: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -110,6 +151,7 @@ def _known(values: Iterable[tuple[str, float | None]], form: str) -> str:
 def _learning_rates(run: Record) -> str:
     return ", ".join(
         f"{trial.rate:g} → {'diverged' if trial.score is None else f'{trial.score:.4g}'}"
+        + ("" if trial.stopped_at is None else f" (given up at step {trial.stopped_at:,})")
         for trial in run.learning_rates
     )
 
@@ -118,7 +160,8 @@ def _chosen_rate(run: Record) -> str:
     if run.learning_rate is None:
         return ""
     split = f", on the {run.learning_rate_split} split" if run.learning_rate_split else ""
-    return f"{run.learning_rate:g}{split}"
+    other = "" if run.searched_on is None else f", by the search of seed {run.searched_on}"
+    return f"{run.learning_rate:g}{split}{other}"
 
 
 def _schedule(run: Record) -> str:
@@ -127,6 +170,12 @@ def _schedule(run: Record) -> str:
         f"{plural(run.steps, 'step')}, batch size {run.batch_size}, {plural(run.examples, 'example')}{epochs}"
         f", seed {run.seed}"
     )
+
+
+def _forgetting(run: Record) -> str:
+    if run.forgetting is None:
+        return ""
+    return f"{run.forgetting:+.4g} nats per token" + (f" on {run.forgetting_text}" if run.forgetting_text else "")
 
 
 def _peak_memory(run: Record) -> str:

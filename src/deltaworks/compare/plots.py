@@ -33,8 +33,9 @@ class _Axis:
     cost: Callable[[Entry], float | None]
     units: tuple[tuple[float, float, str], ...] = ()
     logarithmic: bool = False
-    more_is_better: bool = False
 
+
+_BYTES = ((1e9, 1e9, "GB"), (1e6, 1e6, "MB"), (1e3, 1e3, "kB"), (0.0, 1.0, "bytes"))
 
 _AXES = (
     _Axis(
@@ -44,22 +45,28 @@ _AXES = (
         logarithmic=True,
     ),
     _Axis(
+        "Score and storage",
+        "stored",
+        lambda entry: entry.any_run.counts.stored_bytes or None,
+        units=_BYTES,
+    ),
+    _Axis(
         "Score and memory",
         "peak memory",
         lambda entry: entry.peak_memory_bytes,
-        units=((1e9, 1e9, "GB"), (1e6, 1e6, "MB"), (0.0, 1.0, "bytes")),
+        units=_BYTES,
     ),
     _Axis(
         "Score and training time",
-        "training time",
-        lambda entry: entry.wall_seconds,
+        "time of one training",
+        lambda entry: entry.training_seconds,
         units=((7200.0, 3600.0, "h"), (300.0, 60.0, "min"), (0.0, 1.0, "s")),
     ),
     _Axis(
-        "Score and inference speed",
-        "inference samples per second",
-        lambda entry: entry.inference_samples_per_second,
-        more_is_better=True,
+        "Score and inference time",
+        "inference time of 1,000 examples",
+        lambda entry: 1000 / entry.inference_samples_per_second if entry.inference_samples_per_second else None,
+        units=((7200.0, 3600.0, "h"), (300.0, 60.0, "min"), (0.3, 1.0, "s"), (0.0, 1e-3, "ms")),
     ),
 )
 
@@ -128,7 +135,7 @@ def _scatter(comparison: Comparison, axis: _Axis) -> dict[str, Any] | None:
     if logarithmic:
         label += ", log scale"
     sign = 1.0 if comparison.entries[0].higher_is_better else -1.0
-    front = pareto_front([-cost if axis.more_is_better else cost for cost in costs], [sign * s for s in scores])
+    front = pareto_front(costs, [sign * score for score in scores])
     return {
         "title": axis.title,
         "axis": label,
@@ -136,7 +143,6 @@ def _scatter(comparison: Comparison, axis: _Axis) -> dict[str, Any] | None:
         "rows": list(rows),
         "costs": [cost / size for cost in costs],
         "front": [rows[position] for position in sorted(front, key=lambda position: costs[position])],
-        "more_is_better": axis.more_is_better,
         "unplaced": unplaced,
     }
 
@@ -177,13 +183,13 @@ def _hover(comparison: Comparison, entry: Entry) -> str:
         if entry.interval is not None:
             low, high = (comparison.show(end) for end in entry.interval)
             line += f" ({low} to {high})"
-        lines.append(line)
+        lines.append(f"{line}, rank {comparison.rank(entry)}")
     share = show_share(run.counts.trainable, run.model.parameters)
     lines.append(f"{show_count(run.counts.trainable)} trainable" + (f", {share}" if share else ""))
     if entry.peak_memory_bytes is not None:
         lines.append(f"{show_bytes(entry.peak_memory_bytes)} peak memory")
-    if entry.wall_seconds is not None:
-        lines.append(f"{show_seconds(entry.wall_seconds)} training")
+    if entry.training_seconds is not None:
+        lines.append(f"{show_seconds(entry.training_seconds)} training")
     if entry.inference_samples_per_second is not None:
         lines.append(f"{show_speed(entry.inference_samples_per_second)} samples/s inference")
     return "<br>".join(lines)

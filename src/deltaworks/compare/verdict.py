@@ -175,7 +175,9 @@ def caveats(comparison: Comparison) -> list[str]:
 
 
 def _search_caveats(entries: Sequence[Entry]) -> list[str]:
-    trials = sorted({len(run.learning_rates) for entry in entries for run in entry.runs})
+    # a rate that another seed's search chose is not a search
+    searches = [[run for run in entry.runs if run.searched_on is None] or entry.runs for entry in entries]
+    trials = sorted({len(run.learning_rates) for runs in searches for run in runs})
     if trials == [0]:
         return []
     if len(trials) > 1:
@@ -186,9 +188,9 @@ def _search_caveats(entries: Sequence[Entry]) -> list[str]:
     if trials == [1]:
         return ["Only one learning rate was tried, so a method may trail because the rate did not suit it."]
     edge = []
-    for entry in entries:
-        rates = [sorted(trial.rate for trial in run.learning_rates) for run in entry.runs]
-        chosen = [run.learning_rate for run in entry.runs]
+    for entry, runs in zip(entries, searches, strict=True):
+        rates = [sorted(trial.rate for trial in run.learning_rates) for run in runs]
+        chosen = [run.learning_rate for run in runs]
         if all(rate in (tried[0], tried[-1]) for rate, tried in zip(chosen, rates, strict=True)):
             edge.append(entry.label)
     sentence = f"{trials[0]} learning rates were tried per method"

@@ -50,6 +50,12 @@ def three_digits(value: float) -> str:
     return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
 
 
+def scientific(value: float) -> str:
+    """A number such as ``3e-4``, with two digits where they differ from one."""
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
+
+
 def plural(count: int, noun: str) -> str:
     """``1 run``, ``1,200 runs``."""
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
