@@ -6,7 +6,6 @@ import contextlib
 import functools
 import json
 import os
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -23,6 +22,7 @@ from deltaworks.train import measure
 EFFICIENCY = 0.5  # of the peak rates of a datasheet that training reaches
 LAUNCH = 5e-6  # seconds that an accelerator needs to start an operation
 HERE = "here"
+PATIENCE = 0.3  # seconds that each number of this machine is measured for
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def cache_folder() -> Path:
 def measured(device: str, name: str) -> Hardware:
     """Matrix products of the size of a small transformer's, a copy, and an operation on a single number."""
     rates = {}
-    size = 4096 if device == "cuda" else 768
+    size = 4096 if device == "cuda" else 512
     for dtype in ("float32", "bfloat16", "float16"):
         left, right = (torch.randn(size, size, device=device).to(getattr(torch, dtype)) for _ in range(2))
         rates[dtype] = 2 * size**3 / seconds_of(lambda a=left, b=right: a @ b, device)
@@ -112,7 +112,7 @@ def measured(device: str, name: str) -> Hardware:
     copy = torch.empty_like(large)
     bandwidth = 2 * 4 * large.numel() / seconds_of(lambda: copy.copy_(large), device)
     one = torch.zeros(1, device=device)
-    launch = seconds_of(lambda: one.add_(1), device, times=200)
+    launch = seconds_of(lambda: one.add_(1), device)
     return Hardware(name, device, memory_of(device), bandwidth, rates, 1.0, launch, "measured here")
 
 
@@ -123,13 +123,13 @@ def memory_of(device: str) -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
 
 
-def seconds_of(run: Callable[[], Any], device: str, times: int = 5) -> float:
-    """The median time of some calls, after one that does not count."""
-    found = []
-    for _ in range(times + 1):
+def seconds_of(run: Callable[[], Any], device: str) -> float:
+    """The shortest time of many calls: whatever else the machine does only makes them longer."""
+    found, end = [], time.perf_counter() + PATIENCE
+    while len(found) < 3 or time.perf_counter() < end:
         started = time.perf_counter()
         run()
         if device == "cuda":
             torch.cuda.synchronize()
         found.append(time.perf_counter() - started)
-    return statistics.median(found[1:])
+    return min(found)

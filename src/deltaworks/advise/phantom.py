@@ -23,6 +23,18 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 aten = torch.ops.aten
+GOLDEN = (math.sqrt(5) - 1) / 2
+
+
+@dataclass(frozen=True)
+class Normal:
+    """The values are N(0, std^2): 0 for zeros, infinity for what is far from zero."""
+
+    std: float
+
+    def below(self, bound: float) -> float:
+        """The share of the absolute values that is less than ``bound``."""
+        return math.erf(bound / (self.std * math.sqrt(2))) if self.std else 1.0
 
 
 @dataclass(frozen=True)
@@ -47,7 +59,7 @@ class Phantom(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.live: dict[weakref.ref[Any], int] = {}
-        self.now = self.peak = 0
+        self.now = self.peak = self.asked = 0
         self.operations: list[tuple[int, int]] = []
         self.known: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # facts, by storage
 
@@ -76,6 +88,8 @@ class Phantom(TorchDispatchMode):
         rule = RULES.get(func.overloadpacket)
         on_meta = any(leaf.is_meta for leaf in inputs)
         result = rule(self, func, *args, **kwargs) if rule is not None and on_meta else func(*args, **kwargs)
+        if func.overloadpacket is aten._to_copy and result.is_meta and not on_meta:
+            self.learn(result, args[0])
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.layout == torch.strided]
         made = [leaf for leaf in outputs if _address(leaf) not in read]
         for leaf in made:
@@ -134,11 +148,17 @@ SCRATCH: dict[Any, Callable[..., int]] = {aten.topk: _of_topk}
 # ---------------------------------------------------------------------- what only values could tell
 
 
+def spread(count: int) -> Tensor:
+    """Different numbers in (0, 1), of which any first few, and any others in a row, are spread evenly."""
+    return torch.arange(1, count + 1, dtype=torch.float64).mul(GOLDEN).frac()
+
+
 def _number(phantom: Phantom, func: Any, tensor: Tensor) -> Any:
     fact = phantom.fact(tensor)
     if isinstance(fact, Tensor):
         return fact.item()
-    return True if tensor.dtype == torch.bool else 1 if not tensor.is_floating_point() else 1.0
+    phantom.asked += 1
+    return True if tensor.dtype == torch.bool else 1 if not tensor.is_floating_point() else phantom.asked * GOLDEN % 1
 
 
 def _count(phantom: Phantom, mask: Tensor) -> int:
@@ -178,8 +198,8 @@ def _to_copy(phantom: Phantom, func: Any, tensor: Tensor, **options: Any) -> Ten
     if tensor.dtype == torch.bool:
         return torch.ones(tensor.shape, dtype=dtype)
     if isinstance(fact, range):  # positions in a tensor
-        return torch.linspace(fact.start, fact.stop - 1, tensor.numel()).round().to(dtype).view(tensor.shape)
-    return torch.linspace(0, 1, tensor.numel()).view(tensor.shape).to(dtype)
+        return (spread(tensor.numel()) * len(fact)).to(dtype).view(tensor.shape)
+    return spread(tensor.numel()).view(tensor.shape).to(dtype)
 
 
 def _topk(phantom: Phantom, func: Any, tensor: Tensor, count: int, *rest: Any, **options: Any) -> Any:
@@ -201,6 +221,33 @@ def _above(phantom: Phantom, func: Any, tensor: Tensor, other: Any, *rest: Any) 
 def _equals(phantom: Phantom, func: Any, tensor: Tensor, other: Any, *rest: Any) -> Tensor:
     result, fact = func(tensor, other, *rest), phantom.fact(other)
     return phantom.learn(result, Chosen(0, result.numel())) if isinstance(fact, int) else result
+
+
+def _below(phantom: Phantom, func: Any, tensor: Tensor, bound: Any, *rest: Any) -> Tensor:
+    result, fact = func(tensor, bound, *rest), phantom.fact(tensor)
+    if not isinstance(fact, Normal) or isinstance(bound, Tensor):
+        return result
+    return phantom.learn(result, Chosen(round(fact.below(bound) * result.numel()), result.numel()))
+
+
+def _as_before(phantom: Phantom, func: Any, tensor: Tensor, *rest: Any) -> Tensor:
+    return phantom.learn(func(tensor, *rest), phantom.fact(tensor))
+
+
+def _times(phantom: Phantom, func: Any, tensor: Tensor, other: Any, *rest: Any) -> Tensor:
+    """What is zero stays zero."""
+    facts = [phantom.fact(each) for each in (tensor, other) if isinstance(each, Tensor)]
+    counts = [_count(phantom, each) for each in (tensor, other) if isinstance(phantom.fact(each), Chosen)]
+    counts += [int(fact.count_nonzero()) for fact in facts if isinstance(fact, Tensor) and fact.dim()]
+    result = func(tensor, other, *rest)
+    return phantom.learn(result, Chosen(min(counts), max(1, result.numel()))) if counts else result
+
+
+def _copy(phantom: Phantom, func: Any, tensor: Tensor, other: Tensor, *rest: Any) -> Tensor:
+    fact = phantom.fact(other)
+    result = func(tensor, other, *rest)
+    whole = tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
+    return phantom.learn(result, fact) if isinstance(fact, Chosen) and whole else result
 
 
 def _index_fill(phantom: Phantom, func: Any, tensor: Tensor, dim: int, index: Tensor, value: Any) -> Tensor:
@@ -235,6 +282,12 @@ RULES: dict[Any, Callable[..., Any]] = {
     aten.gt: _above,
     aten.eq: _equals,
     aten.index_fill: _index_fill,
+    aten.lt: _below,
+    aten.abs: _as_before,
+    aten.ne: _as_before,
+    aten.mul: _times,
+    aten.mul_: _times,
+    aten.copy_: _copy,
     aten.searchsorted: _searchsorted,
     aten.equal: _equal,
     aten.count_nonzero: _count_nonzero,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltaworks.advise.bodies import Body, batch_for
-from deltaworks.advise.phantom import Kernels, Phantom
+from deltaworks.advise.phantom import Kernels, Normal, Phantom
 from deltaworks.core.calibration import evaluating
 from deltaworks.core.delta import Delta, attach
 from deltaworks.core.forms import Replacement
@@ -104,8 +105,10 @@ def rehearse(body: Body, config: Config, rows: int, length: int, device: str, st
     """
     model, phantom, found = body.model, Phantom(), Rehearsal()
     found.weights = measure.model_bytes(model)
-    for tensor in (*model.parameters(), *model.buffers()):
+    std = getattr(getattr(model, "config", None), "initializer_range", 0.02)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         phantom.hold(tensor)
+        phantom.learn(tensor, Normal(std if tensor.dim() > 1 else 0.0 if name.endswith("bias") else math.inf))
     with Kernels(device, phantom), phantom:
         delta = attach(model, config, also=body.head)
         found.peaks["attaching"] = phantom.turn()

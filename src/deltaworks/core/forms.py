@@ -121,6 +121,14 @@ def taken(rows: Tensor, source: Tensor) -> Tensor:
     return rows.gather(1, source.expand(-1, -1, *rows.shape[2:]))
 
 
+def nonzero(tensor: Tensor) -> Tensor:
+    """The flat positions of what is not zero; on the meta device, which has no values, all of them."""
+    try:
+        return tensor.flatten().nonzero().flatten()
+    except NotImplementedError:
+        return torch.arange(tensor.numel(), device=tensor.device)
+
+
 class Tuner(nn.Module):
     """A small module around one operation of a frozen model. Subclasses override one of the three forms.
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from deltaworks.core.errors import UserError
-from deltaworks.core.forms import Factors, Tuner
+from deltaworks.core.forms import Factors, Tuner, nonzero
 from deltaworks.core.history import History
 from deltaworks.core.procedure import Procedure, Run
 from deltaworks.core.registry import Config, method, option
@@ -43,7 +43,7 @@ class AdaLoRATuner(Tuner):
         return torch.linalg.matrix_norm(self.P.T @ self.P - eye) + torch.linalg.matrix_norm(self.Q @ self.Q.T - eye)
 
     def stored(self) -> dict[str, Tensor]:
-        kept = self.L.detach() != 0 if self.L.device.type != "meta" else slice(None)
+        kept = nonzero(self.L.detach())
         return {"P": self.P.detach()[:, kept], "L": self.L.detach()[kept], "Q": self.Q.detach()[kept]}
 
     @torch.no_grad()

@@ -15,6 +15,7 @@ the answer and leaves out the one that predicts its first word; here causal mode
 """
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -100,7 +101,7 @@ class OutputLosses(Procedure):
         """The same rows of the pretrained model, without dropout and in the arithmetic of ``output``."""
         model, logits = self.delta.model, getattr(output, "logits", output)
         narrow = logits.dtype != next(model.parameters()).dtype and logits.dtype in (torch.bfloat16, torch.float16)
-        arithmetic = torch.autocast(logits.device.type, logits.dtype if narrow else None, narrow)
+        arithmetic = torch.autocast(logits.device.type, logits.dtype) if narrow else nullcontext()
         with evaluating(model), self.delta.disabled(), arithmetic:
             return self.chosen(keywords, model(*arguments, **keywords))
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deltaworks.core.forms import nonzero
 from deltaworks.core.sites import Site, stable_hash
 from deltaworks.methods.selective.entries import EntriesTuner, narrowed
 
@@ -86,7 +87,7 @@ class GatedTuner(EntriesTuner):
         kept = {} if len(self.changes) else super().stored()
         for name in self.first if len(self.changes) else ():
             change = self.change(name).detach().flatten()
-            index = change.nonzero().flatten() if change.device.type != "meta" else change.long()
+            index = nonzero(change)
             kept[f"chosen.{name}.index"] = narrowed(index, change.numel())
             kept[f"chosen.{name}.values"] = change[index]
         return kept

@@ -163,6 +163,14 @@ def narrowed(index: Tensor, size: int) -> Tensor:
     return index.to(torch.int32 if size < 2**31 else torch.int64)
 
 
+def below(values: Tensor, threshold: float) -> Tensor:
+    """The flat positions of absolute values below a threshold; on the meta device, which has no values, none."""
+    try:
+        return (values.float().abs() < threshold).flatten().nonzero().flatten()
+    except NotImplementedError:
+        return torch.empty(0, dtype=torch.long, device=values.device)
+
+
 def largest(scores: Tensor, count: int) -> Tensor:
     """The positions of exactly ``count`` largest scores, ascending; of equal scores the first ones."""
     if count < 1:

@@ -24,7 +24,7 @@ from deltaworks.core.errors import UserError
 from deltaworks.core.procedure import Procedure, Run
 from deltaworks.core.registry import Config, method, option
 from deltaworks.core.sites import Site, stable_hash
-from deltaworks.methods.selective.entries import Choosing, Entries, EntriesTuner, narrowed
+from deltaworks.methods.selective.entries import Choosing, Entries, EntriesTuner, below, narrowed
 
 
 def default_rate(threshold: float) -> float:
@@ -36,7 +36,7 @@ class SmallEntries(Entries):
     """Entries whose positions follow from the base; ``mark`` is a checksum of them."""
 
     def __init__(self, parameter: Tensor, threshold: float) -> None:
-        index = (parameter.detach().float().abs() < threshold).flatten().nonzero().flatten()
+        index = below(parameter.detach(), threshold)
         super().__init__(index, torch.zeros(len(index), device=index.device))
         self.register_buffer("index", narrowed(index, parameter.numel()), persistent=False)
         self.register_buffer("mark", ((index + 1) * 2654435761).sum())  # int64, wraps around
@@ -48,7 +48,7 @@ class SaRATuner(EntriesTuner):
     def __init__(self, site: Site, config: "SaRA") -> None:
         super().__init__(site)
         for name, parameter in site.module.named_parameters(recurse=False):
-            if name in self.own and parameter.device.type != "meta" and id(parameter) not in self.entries:
+            if name in self.own and id(parameter) not in self.entries:
                 entries = SmallEntries(parameter, config.threshold)
                 if len(entries.index):
                     self.entries[id(parameter)] = entries
