@@ -53,11 +53,22 @@ def setting(entry: Entry, run: Record) -> Setting:
         ("Peak memory", _peak_memory(run)),
         ("Saved activations", "" if run.saved_activation_bytes is None else show_bytes(run.saved_activation_bytes)),
         (
+            "Samples per second",
+            _known(
+                (("training", run.training_samples_per_second), ("inference", run.inference_samples_per_second)),
+                "{1:,.4g} in {0}",
+            ),
+        ),
+        (
             "Tokens per second",
             _known(
                 (("training", run.training_tokens_per_second), ("inference", run.inference_tokens_per_second)),
                 "{1:,.0f} in {0}",
             ),
+        ),
+        (
+            "Time",
+            _known((("of the clock", run.wall_seconds), ("of all cores", run.processor_seconds)), "{1:,.4g} s {0}"),
         ),
         ("Forgetting", _forgetting(run)),
         ("Merge error", "" if run.merge_error is None else f"{run.merge_error:.2g} (largest output difference)"),
@@ -131,7 +142,10 @@ def _cost(comparison: Comparison) -> str:
         return ""
     runs = comparison.records
     trained = plural(sum(len(run.learning_rates) for run in runs), "training")
-    return f"{show_seconds(comparison.cost_seconds)}: {plural(len(runs), 'run')}, {trained}, loading and tests included"
+    cores = [run.processor_seconds for run in runs if run.processor_seconds is not None]
+    share = f" ({show_seconds(sum(cores))} of processor time)" if len(cores) == len(runs) else ""
+    clock = show_seconds(comparison.cost_seconds)
+    return f"{clock}{share}: {plural(len(runs), 'run')}, {trained}, loading and tests included"
 
 
 def _told(facts: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
