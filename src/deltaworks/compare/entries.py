@@ -12,7 +12,17 @@ from deltaworks.store.records import Record
 
 _FULL = {"full", "full-fine-tuning", "full_fine_tuning"}
 _HEAD = {"head", "head-only", "head_only", "linear-probe", "linear_probe"}
-_PROPORTIONS = {"accuracy", "f1", "macro_f1", "micro_f1", "exact_match", "precision", "recall", "auroc"}
+_PROPORTIONS = {
+    "accuracy",
+    "token_accuracy",
+    "f1",
+    "macro_f1",
+    "micro_f1",
+    "exact_match",
+    "precision",
+    "recall",
+    "auroc",
+}
 
 
 @dataclass
