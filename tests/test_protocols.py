@@ -161,3 +161,39 @@ def test_every_method_tries_equally_many_rates(name: str) -> None:
     said = f"{len(runs)} runs of {find_protocol(name).trainings()} trainings"
     text = (Path(find_protocol.__code__.co_filename).parent / f"{name}.yaml").read_text()
     assert said in text.replace("\n# ", " ")
+
+
+@pytest.mark.parametrize(
+    ("name", "world", "model"),
+    [
+        ("survey", 0, "t5-large"),
+        ("survey-small", 0, "bert-base"),
+        ("survey-small", 2, "llama-3.2-3b"),
+        ("peft-bench", 0, "llama-3.2-3b"),
+    ],
+)
+def test_the_methods_of_a_protocol_fit_models_of_its_kind(name: str, world: int, model: str) -> None:
+    import zoo
+
+    import deltaworks as dw
+
+    base = zoo.real(model)
+    counts = []
+    for spec in dict.fromkeys(run.method for run in find_protocol(name).recipes()[world]):
+        if spec == "head":  # the bare encoder has none
+            continue
+        delta = dw.attach(base, spec)
+        counts.append(sum(parameter.numel() for parameter in delta.parameters()))
+        delta.detach()
+    assert all(counts)
+    if name == "peft-bench":  # the published numbers, where there are any
+        assert counts == [
+            3_212_749_824, 9_175_040, 18_350_080, 9_289_728, 9_461_760, 3_670_016, 18_353_664, 18_350_080, 2_294_656,
+            129_024, 7_340_032, 8_171_520, 802_816, 5_505_024, 56_000, 286_720, 175_104, 2_867_200, 614_400,
+            3_212_749_824,
+        ]  # fmt: skip
+    if name == "survey":  # those that the survey's table has, in its order
+        table = [12_687_360, 6_343_680, 50_405_424, 124_928, 2_359_296, 8_650_752, 221_184, 304_192, 152_128, 344_064]
+        assert counts[1:11] == table
+        assert counts[12:14] == [77_311_488, 4_423_680]
+        assert counts[15] == 20_480
