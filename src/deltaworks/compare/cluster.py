@@ -9,6 +9,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from pydantic import ValidationError
+
 from deltaworks.compare.jobs import PATIENCE, Engine, Event, Job
 from deltaworks.core.errors import UserError
 from deltaworks.store.files import write_atomically
@@ -91,10 +93,18 @@ class Cluster(Engine):
         except self.ray.exceptions.RayError as error:  # the process or its machine is gone, or memory ran out
             job.message = job.message or " ".join(str(error).split())
         else:
-            Record.model_validate_json(text).write(self.folder / "records")
-            for name, content in files.items():
-                write_atomically(self.folder / "adapters" / job.run_id / name, content)
+            self._keep(job, text, files)
         return Event(job, None)
+
+    def _keep(self, job: Job, text: str, files: dict[str, bytes]) -> None:
+        try:
+            record = Record.model_validate_json(text)
+        except ValidationError:
+            job.message = "the record that came back cannot be read: install this version of deltaworks on every node"
+            return
+        record.write(self.folder / "records")
+        for name, content in files.items():
+            write_atomically(self.folder / "adapters" / job.run_id / name, content)
 
     def stop(self, jobs: Sequence[Job]) -> None:
         left = [result for result, job in self.tasks.items() if job in jobs]
