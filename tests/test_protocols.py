@@ -1,5 +1,6 @@
 """Protocols: data that are checked, changed by a caller, and made into the runs of each world."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -197,3 +198,18 @@ def test_the_methods_of_a_protocol_fit_models_of_its_kind(name: str, world: int,
         assert counts[1:11] == table
         assert counts[12:14] == [77_311_488, 4_423_680]
         assert counts[15] == 20_480
+
+
+def test_the_documented_protocols_are_what_the_page_says(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "protocols.md").read_text()
+    rows = re.findall(r"^\| `([\w-]+)` \| .* \| (\d+) \| (\d+) \|$", page, re.MULTILINE)
+    assert {name: (int(runs), int(trainings)) for name, runs, trainings in rows} == {
+        name: sizes(name)[2:] for name in shipped()
+    }
+    (example,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "example.yaml").write_text(example)
+    assert pairs(find_protocol(str(tmp_path / "example.yaml"))) == [
+        ("minilm", "reviews.csv"), ("my-model/", "reviews.csv"), ("minilm", "google/boolq"),
+    ]  # fmt: skip
+    keys = re.findall(r"^\| `(\w+)` \|.*\|$", page.split("## Keys")[1].split("\n## ")[0], re.MULTILINE)
+    assert set(keys) == set(Protocol.model_fields) - {"name"}
