@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import signal
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -63,7 +64,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "architectures": ["T5ForConditionalGeneration"], "decoder_start_token_id": 0, "pad_token_id": 0,
     },
 }  # fmt: skip
-SHAPES = ((4, 128), (16, 48))  # rows and tokens
+SHAPES = ((2, 128), (8, 48))  # rows and tokens
 LIMIT = 300  # seconds for one run
 KEPT_SMALL = -3  # mallopt's M_MMAP_THRESHOLD: larger blocks are mapped one by one, and unmapped when they are freed
 
@@ -169,12 +170,11 @@ def apart(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 @app.command()
-def run(models: str = ",".join(MODELS), methods: str = "", again: bool = False) -> None:
-    """Predict and measure; what is measured already is left out."""
+def run(models: str = ",".join(MODELS), methods: str = "", out: Path = RESULTS / "plan.json") -> None:
+    """Predict and measure; what lies in the file already is left out."""
     torch.set_num_threads(1)
     ctypes.CDLL(None).mallopt(KEPT_SMALL, 1 << 16)
-    file = RESULTS / "plan.json"
-    stored = json.loads(file.read_text()) if file.is_file() else {"rows": []}
+    stored = json.loads(out.read_text()) if out.is_file() else {"rows": []}
     rows = {(row["model"], row["batch"], row["length"], row["method"]): row for row in stored["rows"]}
     stored |= {"machine": f"{hardware(torch.device('cpu'))}, {platform.system()}, one thread", "versions": versions()}
     with tempfile.TemporaryDirectory() as root:
@@ -186,11 +186,11 @@ def run(models: str = ",".join(MODELS), methods: str = "", again: bool = False) 
                 real_run(folder, "lora", batch, length)  # so that the children find code and buffers of libraries
                 for method in methods.split(",") if methods else registry():
                     key = (name, batch, length, method)
-                    if key not in rows or again:
+                    if key not in rows:
                         rows[key] = compare(folder, method, batch, length)
                         print(line(rows[key]), flush=True)
                 stored["rows"] = list(rows.values())
-                file.write_text(json.dumps(stored, indent=1))
+                out.write_text(json.dumps(stored, indent=1))
 
 
 def compare(folder: Path, method: str, batch: int, length: int) -> dict[str, Any]:
@@ -211,9 +211,70 @@ def compare(folder: Path, method: str, batch: int, length: int) -> dict[str, Any
 
 @app.command()
 def table() -> None:
-    """results/plan.md from results/plan.json."""
+    """Write results/plan.md."""
     stored = json.loads((RESULTS / "plan.json").read_text())
-    print(len(stored["rows"]))
+    rows = [row for row in stored["rows"] if "measured" in row and "error" not in row["measured"]]
+    failed = [row for row in stored["rows"] if row not in rows]
+    for row in rows:
+        row["real"] = max(row["measured"]["peaks"].values())
+        row["error"] = row["peak_bytes"] / row["real"] - 1
+        row["slower"] = row["step_seconds"] / row["measured"]["step_seconds"]
+    (RESULTS / "plan.md").write_text("\n".join([*summary(rows, failed, stored["machine"]), "", *details(rows)]) + "\n")
+
+
+def summary(rows: list[dict[str, Any]], failed: list[dict[str, Any]], machine: str) -> Iterator[str]:
+    """How good the estimate was."""
+    errors = [abs(row["error"]) for row in rows]
+    worst = max(rows, key=lambda row: abs(row["error"]))
+    count = len({row["method"] for row in rows})
+    yield "# Predicted and real"
+    yield ""
+    yield f"Machine: {machine}. Made by [benchmarks/plan.py](../plan.py), which says how."
+    yield ""
+    yield (
+        f"{len(rows)} runs of {count} methods. Peak memory: median error {100 * statistics.median(errors):.1f} %, "
+        f"nine in ten within {100 * sorted(errors)[int(0.9 * len(errors))]:.1f} %, worst {100 * max(errors):.1f} % "
+        f"({worst['method']} on {worst['model']})."
+    )
+    for what, name in (("trainable", "Trained values"), ("stored_bytes", "Stored bytes")):
+        wrong = sorted({row["method"] for row in rows if row[what] != row["measured"][what]})
+        exact = sum(row[what] == row["measured"][what] for row in rows)
+        yield f"{name}: exact in {exact} of {len(rows)}; not for {', '.join(wrong) or 'none'}, which choose by values."
+    times = sorted(row["slower"] for row in rows)
+    off = statistics.median(max(ratio, 1 / ratio) for ratio in times)
+    yield (
+        f"Time of a step: predicted over real, median {statistics.median(times):.2f}, from {times[0]:.2f} to "
+        f"{times[-1]:.2f}; half of the predictions are off by more than a factor of {off:.2f}."
+    )
+    seconds = [row["estimate_seconds"] for row in rows]
+    yield f"An estimate took {statistics.median(seconds):.1f} s (median), {max(seconds):.1f} s at most."
+    yield ""
+    yield "| model | batch | runs | median error | worst | time, median ratio |"
+    yield "|---|---|---|---|---|---|"
+    for model, batch, length in dict.fromkeys((row["model"], row["batch"], row["length"]) for row in rows):
+        own = [row for row in rows if (row["model"], row["batch"], row["length"]) == (model, batch, length)]
+        errors = [100 * abs(row["error"]) for row in own]
+        ratio = statistics.median(row["slower"] for row in own)
+        yield (
+            f"| {model} | {batch} x {length} | {len(own)} | {statistics.median(errors):.1f} % | {max(errors):.1f} % | "
+            f"{ratio:.2f} |"
+        )
+    for row in failed:
+        yield f"\nNot run: {row['method']} on {row['model']}: {row.get('measured', row)['error']}"
+
+
+def details(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """Each method on each model: predicted peak in MB and its error, for both batches."""
+    keys = list(dict.fromkeys((row["model"], row["batch"], row["length"]) for row in rows))
+    found = {(row["method"], row["model"], row["batch"], row["length"]): row for row in rows}
+    yield "Predicted peak in MB, and its error:"
+    yield ""
+    yield "| method | " + " | ".join(f"{model} {batch} x {length}" for model, batch, length in keys) + " |"
+    yield "|---" * (len(keys) + 1) + "|"
+    for method in dict.fromkeys(row["method"] for row in rows):
+        cells = [found.get((method, *key)) for key in keys]
+        shown = [f"{c['peak_bytes'] / 1e6:.0f} ({100 * c['error']:+.1f} %)" if c else "-" for c in cells]
+        yield f"| {method} | " + " | ".join(shown) + " |"
 
 
 def line(row: dict[str, Any]) -> str:

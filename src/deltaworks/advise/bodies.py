@@ -68,6 +68,8 @@ def find_config(source: str) -> tuple[Any, Path | None, str]:
     if source == "minilm":
         folder, version = models._minilm_folder()
         path, name = folder, f"all-MiniLM-L6-v2 ({models.MINILM_PACKAGE} {version})"
+    elif source == "tiny-lm":
+        path, name = models.TINY_LM, source
     elif path.is_file():
         name = f"{path.resolve().parent.name}/{path.name}"
     elif path.is_dir():

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from deltaworks.advise.bodies import build, check_length
 from deltaworks.advise.hardware import find_hardware
-from deltaworks.advise.quantized import dequantized_bytes, saved_bytes
+from deltaworks.advise.quantized import quantized
 from deltaworks.advise.rehearsal import rehearse
 from deltaworks.core.errors import UserError
 from deltaworks.core.registry import configure
@@ -105,17 +105,16 @@ def estimate(
 
         checkpointed(body.model)
     parameters = sum(parameter.numel() for parameter in body.model.parameters())
-    saved = saved_bytes(body, quantize)
-    dequantized = dequantized_bytes(body, quantize)
-    run = rehearse(body, config, batch, length, machine.device)
+    small = quantized(body, quantize)
+    run = rehearse(body, config, batch, length, machine.device, small.weights)
     phase = max(run.peaks, key=lambda name: run.peaks[name])
     step, forward = (machine.seconds(each, dtype) for each in (run.training, run.inference))
     return Estimate(
         model=body.name, method=str(config), task=body.task, batch=batch, length=length, dtype=dtype,
         quantize=quantize, checkpointing=checkpointing, parameters=parameters, trainable=run.trainable, head=run.head,
-        stored_bytes=run.stored, weight_bytes=run.weights - saved, trained_bytes=run.trained,
+        stored_bytes=run.stored, weight_bytes=run.weights - small.saved, trained_bytes=run.trained,
         gradient_bytes=run.gradients, optimizer_bytes=run.moments, activation_bytes=run.saved,
-        peak_bytes=run.peaks[phase] - saved + dequantized, peak_phase=phase,
+        peak_bytes=run.peaks[phase] - small.saved + small.largest, peak_phase=phase,
         flops=sum(flops for flops, _ in run.training), inference_flops=sum(flops for flops, _ in run.inference),
         step_seconds=step, inference_seconds=forward, samples_per_second=batch / step,
         hardware=machine.name, memory_bytes=machine.memory,

@@ -10,17 +10,20 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from deltaworks.core.errors import UserError
 
 aten = torch.ops.aten
 GOLDEN = (math.sqrt(5) - 1) / 2
@@ -157,8 +160,10 @@ def _number(phantom: Phantom, func: Any, tensor: Tensor) -> Any:
     fact = phantom.fact(tensor)
     if isinstance(fact, Tensor):
         return fact.item()
+    if not tensor.is_floating_point():
+        return True if tensor.dtype == torch.bool else 1
     phantom.asked += 1
-    return True if tensor.dtype == torch.bool else 1 if not tensor.is_floating_point() else phantom.asked * GOLDEN % 1
+    return phantom.asked * GOLDEN % 1
 
 
 def _count(phantom: Phantom, mask: Tensor) -> int:
@@ -299,9 +304,10 @@ RULES: dict[Any, Callable[..., Any]] = {
 class Kernels(TorchFunctionMode):
     """Lets operations on meta tensors save what they save on a device: "cpu" or "cuda"."""
 
-    def __init__(self, device: str, phantom: Phantom) -> None:
+    def __init__(self, device: str, phantom: Phantom, ungraded: Collection[Tensor] = ()) -> None:
         super().__init__()
         self.cuda, self.phantom = device == "cuda", phantom
+        self.ungraded = {id(tensor) for tensor in ungraded}  # what is quantized has no gradient
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -309,6 +315,17 @@ class Kernels(TorchFunctionMode):
             return self.attention(*args, **kwargs)
         if func is F.dropout and self.cuda and args[0].is_meta:
             return self.dropout(*args, **kwargs)
+        if func is Tensor.backward:  # torch leaves the mode for it, but blocks that are computed again need it
+            with self:
+                seed = torch.ones_like(args[0]) if kwargs.get("gradient") is None else kwargs["gradient"]
+                keep, again = kwargs.get("retain_graph"), bool(kwargs.get("create_graph"))
+                keep = again if keep is None else keep
+                inputs = tuple(kwargs.get("inputs") or ())
+                return _engine_run_backward(
+                    args, (seed,), keep, again, inputs, allow_unreachable=True, accumulate_grad=True
+                )
+        if func is Tensor.requires_grad_ and id(args[0]) in self.ungraded and (args[1:] or (True,))[0]:
+            raise UserError("the method needs gradients of the base weights, and quantized ones have none")
         result = func(*args, **kwargs)
         if func is torch.tensor and result.is_meta:
             self.phantom.learn(result, torch.tensor(args[0], dtype=kwargs.get("dtype")))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from math import ceil
 
 from torch import nn
@@ -28,24 +29,30 @@ def int8_bytes(weight: nn.Parameter) -> int:
 FORMATS = {"nf4": nf4_bytes, "int8": int8_bytes}
 
 
-def saved_bytes(body: Body, quantize: str | None) -> int:
-    """How much smaller the base is. Raises UserError for a format that is not known."""
+@dataclass(frozen=True)
+class Quantized:
+    """The ``weights`` that are quantized, the bytes that this saves, and those of the largest one in full.
+
+    One weight at a time is dequantized for its product.
+    """
+
+    weights: tuple[nn.Parameter, ...] = ()
+    saved: int = 0
+    largest: int = 0
+
+
+def quantized(body: Body, quantize: str | None) -> Quantized:
+    """What quantizing does to a base. Raises UserError for a format that is not known."""
     if quantize is None:
-        return 0
+        return Quantized()
     if quantize not in FORMATS:
         raise UserError(f"quantize={quantize!r} is not known; {nearest(quantize, FORMATS)}")
     size_of = FORMATS[quantize]
-    weights = list(quantizable(body))
+    weights = tuple(quantizable(body))
     if not weights:
         raise UserError(f"{body.name} has no linear layers in its blocks, so there is nothing to quantize")
-    return sum(weight.numel() * weight.element_size() - size_of(weight) for weight in weights)
-
-
-def dequantized_bytes(body: Body, quantize: str | None) -> int:
-    """The largest weight in the dtype of the arithmetic: one at a time is dequantized."""
-    if quantize is None:
-        return 0
-    return max(weight.numel() * weight.element_size() for weight in quantizable(body))
+    whole = [weight.numel() * weight.element_size() for weight in weights]
+    return Quantized(weights, sum(whole) - sum(map(size_of, weights)), max(whole))
 
 
 def quantizable(body: Body) -> Iterator[nn.Parameter]:

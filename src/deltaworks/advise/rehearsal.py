@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -98,10 +98,12 @@ def loss_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return loss
 
 
-def rehearse(body: Body, config: Config, rows: int, length: int, device: str, steps: int = STEPS) -> Rehearsal:
+def rehearse(
+    body: Body, config: Config, rows: int, length: int, device: str, quantized: Sequence[Tensor] = ()
+) -> Rehearsal:
     """Attach, calibrate, train a few steps and end, without values; ``device`` is "cpu" or "cuda".
 
-    Raises UserError where the method does not fit the model.
+    Raises UserError where the method does not fit the model, or needs gradients of ``quantized`` weights.
     """
     model, phantom, found = body.model, Phantom(), Rehearsal()
     found.weights = measure.model_bytes(model)
@@ -109,17 +111,17 @@ def rehearse(body: Body, config: Config, rows: int, length: int, device: str, st
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         phantom.hold(tensor)
         phantom.learn(tensor, Normal(std if tensor.dim() > 1 else 0.0 if name.endswith("bias") else math.inf))
-    with Kernels(device, phantom), phantom:
+    with Kernels(device, phantom, quantized), phantom:
         delta = attach(model, config, also=body.head)
         found.peaks["attaching"] = phantom.turn()
         batches = Batches(body, rows, length)
-        delta.procedure.begin(Run(steps, batches, loss_of, Batches(body, 1, length)))
+        delta.procedure.begin(Run(STEPS, batches, loss_of, Batches(body, 1, length)))
         found.peaks["calibration"] = phantom.turn()
         count(delta, body, found)
         batch = next(iter(batches))
         found.saved = measure.step_memory(model, lambda: loss_of(model, batch)).saved
         phantom.turn()
-        train(delta, batch, phantom, found, steps)
+        train(delta, batch, phantom, found)
         found.peaks["training"] = phantom.turn()
         delta.procedure.end()
         found.stored = sum(tensor.numel() * tensor.element_size() for tensor in delta.tensors().values())
@@ -130,11 +132,11 @@ def rehearse(body: Body, config: Config, rows: int, length: int, device: str, st
     return found
 
 
-def train(delta: Delta, batch: dict[str, Tensor], phantom: Phantom, found: Rehearsal, steps: int) -> None:
+def train(delta: Delta, batch: dict[str, Tensor], phantom: Phantom, found: Rehearsal) -> None:
     """The steps, as ``train.loop`` has them."""
     optimizer = Moments(delta.parameter_groups(1e-3), phantom)
     delta.procedure.optimizing(optimizer)
-    for _ in range(steps):
+    for _ in range(STEPS):
         phantom.operations.clear()
         loss = delta.procedure.loss(loss_of(delta.model, batch))
         loss.backward()

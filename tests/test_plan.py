@@ -1,0 +1,338 @@
+"""The estimator: what it says of small models, beside what their training really holds."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+
+from deltaworks.advise.bodies import build
+from deltaworks.advise.estimate import Estimate, estimate
+from deltaworks.advise.hardware import Hardware, find_hardware, here
+from deltaworks.advise.phantom import GOLDEN, Chosen, Kernels, Normal, Phantom, spread
+from deltaworks.advise.plan import as_json, verdict
+from deltaworks.advise.quantized import quantized
+from deltaworks.advise.rehearsal import BATCHES, STEPS, loss_of
+from deltaworks.core.delta import Delta, attach
+from deltaworks.core.errors import UserError
+from deltaworks.core.procedure import Run
+from deltaworks.train.measure import _LiveBytes, model_bytes, optimizer_bytes, step_memory
+from deltaworks.train.stage import checkpointed
+
+BERT = {
+    "model_type": "bert", "vocab_size": 200, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "max_position_embeddings": 64, "type_vocab_size": 2,
+}  # fmt: skip
+LLAMA = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 200, "hidden_size": 64,
+    "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}  # fmt: skip
+ROWS, LENGTH = 4, 32
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch: pytest.MonkeyPatch) -> Hardware:
+    """A machine of round numbers, so that none is measured."""
+    rates = {"float32": 1e12, "bfloat16": 2e12, "float16": 2e12}
+    found = Hardware("round", "cpu", 10**9, 1e11, rates, 1.0, 1e-6, "made up")
+    monkeypatch.setattr("deltaworks.advise.hardware.here", lambda: found)
+    return found
+
+
+@pytest.fixture
+def bert(tmp_path: Path) -> str:
+    return written(tmp_path / "bert", BERT)
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> str:
+    return written(tmp_path / "llama", LLAMA)
+
+
+def written(folder: Path, config: dict[str, Any]) -> str:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def plan(model: str, method: str = "lora", **options: Any) -> Estimate:
+    return estimate(model, method, batch=ROWS, length=LENGTH, **options)
+
+
+def real(folder: str) -> tuple[Any, dict[str, torch.Tensor], list[str]]:
+    """The same model with values, a batch for it, and its fresh head."""
+    config = hf.AutoConfig.from_pretrained(folder)
+    config.use_cache = False
+    ids = torch.randint(3, 200, (ROWS, LENGTH))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if config.model_type == "llama":
+        return hf.AutoModelForCausalLM.from_config(config).train(), batch | {"labels": ids}, []
+    model = hf.AutoModelForSequenceClassification.from_config(config).train()
+    return model, batch | {"token_type_ids": 0 * ids, "labels": torch.arange(ROWS) % 2}, ["classifier"]
+
+
+def trained(folder: str, method: str) -> tuple[Delta, torch.optim.Optimizer, int]:
+    """The run that is rehearsed, with values: the adapter, its optimizer and the peak of all bytes that lived."""
+    model, batch, head = real(folder)
+    single = {key: value[:1] for key, value in batch.items()}
+    with _LiveBytes() as counter:
+        delta = attach(model, method, also=head)
+        delta.procedure.begin(Run(STEPS, [batch] * BATCHES, loss_of, [single] * BATCHES))
+        optimizer = torch.optim.AdamW(delta.parameter_groups(1e-3), fused=True)
+        delta.procedure.optimizing(optimizer)
+        for _ in range(STEPS):
+            loss = delta.procedure.loss(loss_of(model, batch))
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(delta.parameters(), 1.0)
+            delta.procedure.gradients()
+            del loss
+            optimizer.step()
+            delta.procedure.stepped()
+            optimizer.zero_grad()
+        delta.procedure.end()
+    base = sum(p.numel() * 4 for name, p in real(folder)[0].named_parameters())
+    return delta, optimizer, base + counter.peak
+
+
+# ---------------------------------------------------------------------- against real runs
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+@pytest.mark.parametrize("method", ["lora", "full", "gps", "prefix-flat+parallel", "adalora"])
+def test_a_rehearsal_holds_what_the_run_holds(method: str, family: str, request: pytest.FixtureRequest) -> None:
+    folder = request.getfixturevalue(family)
+    found = plan(folder, method)
+    delta, optimizer, peak = trained(folder, method)
+    assert found.trainable + found.head == sum(parameter.numel() for parameter in delta.parameters())
+    assert found.optimizer_bytes == optimizer_bytes(optimizer) - 4 * len(optimizer.state)  # without counts of steps
+    assert found.peak_bytes == pytest.approx(peak, rel=0.02)
+    if method != "adalora":  # whose triplets are of matrices of different sizes
+        assert found.stored_bytes == sum(t.numel() * t.element_size() for t in delta.tensors().values())
+
+
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_saved_activations_are_those_of_a_real_pass(family: str, again: bool, request: pytest.FixtureRequest) -> None:
+    """BERT's attention has dropout, so that the CPU takes the plain products; Llama's takes the fused kernel."""
+    folder = request.getfixturevalue(family)
+    model, batch, head = real(folder)
+    if again:
+        checkpointed(model)
+    attach(model, "lora", also=head)
+    own = {id(p) for p in model.parameters()}
+    assert own
+    found = plan(folder, checkpointing=again)
+    assert found.activation_bytes == pytest.approx(step_memory(model, lambda: loss_of(model, batch)).saved, rel=0.01)
+
+
+def test_scratch_memory_of_kernels_counts(bert: str) -> None:
+    """The largest of N float32 scores: the processor sorts N pairs of value and position, 16 bytes each."""
+    found, entries = plan(bert, "fish"), sum(p.numel() for p in real(bert)[0].bert.parameters())
+    assert found.peak_phase == "calibration"
+    assert found.trainable == int(0.005 * entries)
+    assert found.peak_bytes > found.weight_bytes + (4 + 4 + 16) * entries  # of each tensor, all in one, pairs
+
+
+def test_sizes_in_closed_form(llama: str) -> None:
+    found = plan(llama, "lora[rank=4]")
+    layer = 2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128)  # in + out of q, o; k, v; gate, up, down
+    assert found.trainable == 2 * 4 * layer
+    assert found.stored_bytes == found.trained_bytes == found.gradient_bytes == 4 * found.trainable
+    assert found.optimizer_bytes == 8 * found.trainable
+    model = real(llama)[0]
+    assert found.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert found.weight_bytes == model_bytes(model)
+    assert plan(llama, dtype="bfloat16").weight_bytes == pytest.approx(found.weight_bytes / 2, rel=0.01)
+
+
+def test_floating_point_operations_in_closed_form(llama: str) -> None:
+    tokens = ROWS * LENGTH
+    linear = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128) + 64 * 200
+    attention = 2 * 2 * 2 * ROWS * LENGTH * LENGTH * 64  # two products in two layers
+    assert plan(llama, "full").inference_flops == 2 * tokens * linear + attention
+    training = plan(llama, "full").flops  # two gradients of each product, and the fused attention's scores once more
+    assert training == pytest.approx(3 * 2 * tokens * linear + 3.5 * attention, rel=1e-6)
+
+
+def test_checkpointing_trades_arithmetic_for_memory(llama: str) -> None:
+    plain, again = plan(llama), plan(llama, checkpointing=True)
+    assert again.activation_bytes < 0.6 * plain.activation_bytes
+    assert again.peak_bytes < plain.peak_bytes
+    assert 1.2 < again.flops / plain.flops < 1.6
+
+
+def test_kernels_of_an_accelerator_save_other_tensors(bert: str) -> None:
+    """Masks of dropout are bytes there, and attention keeps no scores."""
+    assert plan(bert, hardware="h100").activation_bytes < 0.8 * plan(bert).activation_bytes
+
+
+# ---------------------------------------------------------------------- quantized bases
+
+
+def test_quantized_layers(llama: str) -> None:
+    body = build(llama, None, 2, "bfloat16")
+    linear = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
+    blocks = linear // 64
+    small = quantized(body, "nf4")
+    scales = sum(4 * -(-weight.numel() // 64 // 256) for weight in small.weights)
+    assert small.saved == 2 * linear - linear // 2 - blocks - scales
+    assert small.largest == 2 * 64 * 128
+    rows = 2 * (64 + 32 + 32 + 64 + 128 + 128 + 64)
+    assert quantized(body, "int8").saved == 2 * linear - linear - 4 * rows
+    whole, found = plan(llama, dtype="bfloat16"), plan(llama, dtype="bfloat16", quantize="nf4")
+    assert whole.weight_bytes - found.weight_bytes == small.saved
+    assert whole.peak_bytes - found.peak_bytes == small.saved - small.largest
+
+
+def test_a_large_base_in_four_bits_is_half_a_byte_for_each_entry() -> None:
+    weight = torch.nn.Parameter(torch.empty(4096, 4096, device="meta"))
+    from deltaworks.advise.quantized import nf4_bytes
+
+    assert nf4_bytes(weight) / weight.numel() == pytest.approx(0.516, abs=0.0005)
+
+
+# ---------------------------------------------------------------------- without values
+
+
+def test_what_is_chosen_is_spread_evenly_and_adds_up() -> None:
+    chosen = Chosen(10, 64)
+    assert sum(chosen.within(start, start + 16) for start in range(0, 64, 16)) == 10
+    assert chosen.within(0, 32) == 5
+    assert torch.histc(spread(100), bins=10, min=0, max=1).tolist() == pytest.approx([10] * 10, abs=1)
+    assert Normal(0.02).below(0.02) == pytest.approx(0.6827, abs=1e-4)
+
+
+def test_questions_to_values_are_answered() -> None:
+    with Phantom() as phantom:
+        scores = torch.empty(100, device="meta")
+        least = scores.topk(7).values.min()
+        assert len((scores > least).nonzero()) == 7
+        assert len((scores == least).nonzero()) == 0
+        mask = torch.zeros_like(scores).index_fill(0, torch.empty(30, dtype=torch.long, device="meta"), 1.0)
+        assert [len(part.nonzero()) for part in mask.split([50, 50])] == [15, 15]
+        assert scores[scores > 0].shape == (100,)
+        assert bool((scores > 0).all())
+        assert float(scores.sum()) == GOLDEN
+        assert phantom.peak >= 100 * 4
+
+
+def test_bytes_live_as_long_as_tensors() -> None:
+    with Phantom() as phantom:
+        first = torch.empty(1000, device="meta")
+        second = first + 1
+        assert phantom.now == 8000
+        del first
+        assert phantom.now == 4000
+        second.view(10, 100)
+        assert phantom.turn() == 8000
+        assert phantom.peak == 4000
+
+
+def test_the_kernel_of_the_processor_is_asked_for() -> None:
+    """Dropout has no fused kernel there: the scores [1, 2, 8, 8] are made."""
+    q = torch.empty(1, 2, 8, 4, device="meta")
+    for dropout, largest in ((0.0, 2 * 8 * 4), (0.5, 2 * 8 * 8)):
+        phantom = Phantom()
+        with Kernels("cpu", phantom), phantom:
+            torch.nn.functional.scaled_dot_product_attention(q, q, q, dropout_p=dropout)
+        assert (phantom.peak >= 2 * 4 * 2 * 8 * 8) == (largest == 2 * 8 * 8)
+
+
+# ---------------------------------------------------------------------- hardware
+
+
+def test_a_roofline_takes_what_is_longer(machine: Hardware) -> None:
+    operations = [(10**12, 10), (10, 10**11)]  # a second of arithmetic, a second of data
+    assert machine.seconds(operations, "float32") == pytest.approx(2.0, rel=1e-5)
+    assert machine.seconds(operations, "bfloat16") == pytest.approx(1.5, rel=1e-5)
+    assert find_hardware("RTX 4090").memory == 24 * 10**9
+    h100 = find_hardware("h100")
+    assert h100.seconds([(989 * 10**12, 0)], "bfloat16") == pytest.approx(2.0, rel=1e-3)  # half of the peak rate
+
+
+def test_this_machine_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("deltaworks.advise.hardware.PATIENCE", 0.01)
+    first = here("cpu")
+    assert first.rates["float32"] > 1e8
+    assert first.bandwidth > 1e7
+    monkeypatch.setattr("deltaworks.advise.hardware.measured", None)  # not called again
+    assert here("cpu") == first
+    (tmp_path / "deltaworks" / "hardware.json").write_text("broken")
+    with pytest.raises(TypeError):
+        here("cpu")
+
+
+# ---------------------------------------------------------------------- what it says
+
+
+def test_it_says_whether_it_fits(bert: str) -> None:
+    found = plan(bert)
+    assert found.fits
+    assert verdict(found).startswith("fits in 1.00 GB (round)")
+    values = json.loads(as_json(found))
+    assert values["fits"] is True
+    assert values["peak_bytes"] == found.peak_bytes > found.weight_bytes + found.activation_bytes
+    large = estimate(bert, "lora", batch=100_000, length=64, hardware="rtx-3060")
+    assert not large.fits
+    assert verdict(large).startswith("does not fit in 12.0 GB (rtx-3060)")
+    assert "--quantize nf4, --checkpointing or a smaller --batch or --length" in verdict(large)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": "minlm"}, "did you mean 'minilm'"),
+        ({"model": "no/such/folder"}, "does not exist|cannot be reached|could not be loaded"),
+        ({"method": "lorra"}, "did you mean 'lora'"),
+        ({"hardware": "h1000"}, "did you mean 'h100'"),
+        ({"length": 65}, "has 64 positions, so no input is 65 tokens long"),
+        ({"batch": 0}, "batch=0"),
+        ({"dtype": "bfloat"}, "did you mean 'bfloat16'"),
+        ({"quantize": "nf3"}, "did you mean 'nf4'"),
+        ({"task": "seq2seq"}, "cannot do the task 'seq2seq'; it can do classification"),
+        ({"method": "lora[rank=100]"}, "rank 100 is larger"),
+        ({"method": "fish", "quantize": "nf4"}, "needs gradients of the base weights"),
+    ],
+)
+def test_mistakes_are_told(options: dict[str, Any], message: str, bert: str) -> None:
+    given = {"model": bert, "method": "lora", "batch": 2, "length": 16} | options
+    with pytest.raises(UserError, match=message):
+        estimate(given.pop("model"), given.pop("method"), **given)
+
+
+def test_a_configuration_file_will_do(bert: str, tmp_path: Path) -> None:
+    file = tmp_path / "some.json"
+    file.write_text(json.dumps(BERT))
+    assert plan(str(file)).peak_bytes == plan(bert).peak_bytes
+    file.write_text("{")
+    with pytest.raises(UserError, match="is no configuration of a model"):
+        plan(str(file))
+
+
+def test_pictures() -> None:
+    found = plan("tiny-vit")
+    assert (found.task, found.head) == ("images", 64 * 2 + 2)
+
+
+# ---------------------------------------------------------------------- against the kernel's own count
+
+
+@pytest.mark.slow
+def test_peaks_of_processes(tmp_path: Path) -> None:
+    """The benchmark, on its smallest model."""
+    script, out = Path(__file__).parents[1] / "benchmarks" / "plan.py", tmp_path / "plan.json"
+    methods = ["lora", "full", "fish", "diff-pruning"]
+    command = [sys.executable, str(script), "run", "--models", "bert-mini", "--methods", ",".join(methods)]
+    subprocess.run([*command, "--out", str(out)], check=True)
+    rows = json.loads(out.read_text())["rows"]
+    assert sorted({row["method"] for row in rows}) == sorted(methods)
+    for row in rows:
+        assert row["trainable"] == row["measured"]["trainable"]
+        assert row["stored_bytes"] == row["measured"]["stored_bytes"]
+        assert row["peak_bytes"] == pytest.approx(max(row["measured"]["peaks"].values()), rel=0.08)
