@@ -13,10 +13,12 @@ import transformers as hf
 from deltaworks.advise.bodies import build
 from deltaworks.advise.estimate import Estimate, estimate
 from deltaworks.advise.hardware import Hardware, find_hardware, here
-from deltaworks.advise.phantom import GOLDEN, Chosen, Kernels, Normal, Phantom, spread
+from deltaworks.advise.kernels import Kernels
+from deltaworks.advise.phantom import Phantom
 from deltaworks.advise.plan import as_json, verdict
 from deltaworks.advise.quantized import quantized
 from deltaworks.advise.rehearsal import BATCHES, STEPS, loss_of
+from deltaworks.advise.values import GOLDEN, Chosen, Normal, spread
 from deltaworks.core.delta import Delta, attach
 from deltaworks.core.errors import UserError
 from deltaworks.core.procedure import Run

@@ -181,7 +181,7 @@ def check_length(body: Body, length: int) -> None:
 def batch_for(body: Body, rows: int, length: int) -> dict[str, Tensor]:
     """A batch of full rows on the meta device, under the names that the tasks give them."""
     config: Any = getattr(body.model, "config", None)
-    whole = {"dtype": torch.long, "device": "meta"}
+    whole: dict[str, Any] = {"dtype": torch.long, "device": "meta"}
     if body.task == "images":
         size = getattr(config, "image_size", 224)
         height, width = size if isinstance(size, list | tuple) else (size, size)

@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,7 @@ def measured(device: str, name: str) -> Hardware:
     size = 4096 if device == "cuda" else 512
     for dtype in ("float32", "bfloat16", "float16"):
         left, right = (torch.randn(size, size, device=device).to(getattr(torch, dtype)) for _ in range(2))
-        rates[dtype] = 2 * size**3 / seconds_of(lambda a=left, b=right: a @ b, device)
+        rates[dtype] = 2 * size**3 / seconds_of(partial(torch.matmul, left, right), device)
     large = torch.zeros(1 << (28 if device == "cuda" else 24), device=device)
     copy = torch.empty_like(large)
     bandwidth = 2 * 4 * large.numel() / seconds_of(lambda: copy.copy_(large), device)
@@ -125,7 +126,8 @@ def memory_of(device: str) -> int:
 
 def seconds_of(run: Callable[[], Any], device: str) -> float:
     """The shortest time of many calls: whatever else the machine does only makes them longer."""
-    found, end = [], time.perf_counter() + PATIENCE
+    found: list[float] = []
+    end = time.perf_counter() + PATIENCE
     while len(found) < 3 or time.perf_counter() < end:
         started = time.perf_counter()
         run()

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil
 
-from torch import nn
+from torch import Tensor, nn
 
 from deltaworks.advise.bodies import Body
 from deltaworks.core.errors import UserError, nearest
@@ -15,13 +15,13 @@ BLOCK = 64  # entries that share a scale
 DOUBLE_BLOCK = 256  # scales that share a scale (Dettmers et al., 2023, arXiv:2305.14314, double quantization)
 
 
-def nf4_bytes(weight: nn.Parameter) -> int:
+def nf4_bytes(weight: Tensor) -> int:
     """Half a byte for each entry, a byte for the scale of each block, and a float32 scale for 256 of these."""
     blocks = ceil(weight.numel() / BLOCK)
     return ceil(weight.numel() / 2) + blocks + 4 * ceil(blocks / DOUBLE_BLOCK)
 
 
-def int8_bytes(weight: nn.Parameter) -> int:
+def int8_bytes(weight: Tensor) -> int:
     """A byte for each entry and a float32 scale for each row."""
     return weight.numel() + 4 * weight.shape[0]
 
@@ -36,7 +36,7 @@ class Quantized:
     One weight at a time is dequantized for its product.
     """
 
-    weights: tuple[nn.Parameter, ...] = ()
+    weights: tuple[Tensor, ...] = ()
     saved: int = 0
     largest: int = 0
 
@@ -55,7 +55,7 @@ def quantized(body: Body, quantize: str | None) -> Quantized:
     return Quantized(weights, sum(whole) - sum(map(size_of, weights)), max(whole))
 
 
-def quantizable(body: Body) -> Iterator[nn.Parameter]:
+def quantizable(body: Body) -> Iterator[Tensor]:
     """The weights of linear layers, but for the output head and what is fresh."""
     model = body.model
     output = getattr(model, "get_output_embeddings", lambda: None)()

@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltaworks.advise.bodies import Body, batch_for
-from deltaworks.advise.phantom import Kernels, Normal, Phantom
+from deltaworks.advise.kernels import Kernels
+from deltaworks.advise.phantom import Phantom
+from deltaworks.advise.values import Normal
 from deltaworks.core.calibration import evaluating
 from deltaworks.core.delta import Delta, attach
 from deltaworks.core.forms import Replacement
@@ -55,7 +57,7 @@ class Moments(torch.optim.Optimizer):
         self.phantom = phantom
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
@@ -105,7 +107,7 @@ def rehearse(
 
     Raises UserError where the method does not fit the model, or needs gradients of ``quantized`` weights.
     """
-    model, phantom, found = body.model, Phantom(), Rehearsal()
+    model, phantom, found = body.model, Phantom(device), Rehearsal()
     found.weights = measure.model_bytes(model)
     std = getattr(getattr(model, "config", None), "initializer_range", 0.02)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
