@@ -286,6 +286,22 @@ def test_it_says_whether_it_fits(bert: str) -> None:
     assert "--quantize nf4, --checkpointing or a smaller --batch or --length" in verdict(large)
 
 
+def test_on_the_command_line(llama: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from deltaworks import cli
+
+    words = ["plan", llama, "--method", "lora[rank=4]", "--batch", "4", "--length", "32", "--dtype", "bf16"]
+    for extra in ([], ["--json"]):
+        monkeypatch.setattr("sys.argv", ["deltaworks", *words, *extra])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert ended.value.code == 0
+        shown = capsys.readouterr().out
+        if not extra:
+            assert "trainable          8.19 K" in shown
+            assert "Fits in 1.00 GB (round)" in shown
+    assert json.loads(shown)["trainable"] == plan(llama, "lora[rank=4]").trainable == 8192
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -11,6 +11,8 @@ from deltaworks.advise.rehearsal import rehearse
 from deltaworks.core.errors import UserError
 from deltaworks.core.registry import configure
 
+SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -85,7 +87,7 @@ def estimate(
         batch: Rows of a batch; all are ``length`` tokens long.
         length: Tokens of a row, of input and of target.
         task: Default: what the model's configuration says, or the first task that it can do.
-        dtype: Of the base weights and of the arithmetic.
+        dtype: Of the base weights and of the arithmetic: "float32", "bfloat16", "float16" or "bf16" and the like.
         quantize: "nf4" or "int8" for the linear layers of the base.
         checkpointing: Whether blocks are computed again in the backward pass.
         hardware: A name of the table; default: this machine.
@@ -97,6 +99,7 @@ def estimate(
     for what, value in (("batch", batch), ("length", length), ("labels", labels)):
         if value < 1:
             raise UserError(f"{what}={value} is none: give at least 1")
+    dtype = SHORT.get(dtype, dtype)
     config, machine = configure(method), find_hardware(hardware)
     body = build(model, task, max(2, labels), dtype)
     check_length(body, length)
