@@ -2,6 +2,7 @@
 
     python benchmarks/plan.py run                     # into results/plan.json; half an hour of one core; resumes
     python benchmarks/plan.py run --models bert-mini --methods lora,fish
+    python benchmarks/plan.py predict                 # what was measured, with the estimator as it is now
     python benchmarks/plan.py table                   # results/plan.md
 
 Each run is a process of its own, forked after the imports: a model with random weights is built from the configuration,
@@ -20,7 +21,10 @@ import signal
 import statistics
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +33,7 @@ import transformers
 import typer
 
 from deltaworks.advise.bodies import fresh_head
-from deltaworks.advise.estimate import Estimate, estimate
+from deltaworks.advise.estimate import estimate
 from deltaworks.advise.rehearsal import BATCHES, STEPS, loss_of
 from deltaworks.core.delta import attach
 from deltaworks.core.errors import UserError
@@ -54,7 +58,6 @@ def bert(layers: int, width: int) -> dict[str, Any]:
 MODELS: dict[str, dict[str, Any]] = {
     "bert-mini": bert(4, 256),
     "bert-small": bert(4, 512),
-    "bert-medium": bert(8, 512),
     "llama-small": LLAMA | {
         "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 4, "num_attention_heads": 8,
         "num_key_value_heads": 4,
@@ -65,6 +68,7 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 SHAPES = ((2, 128), (8, 48))  # rows and tokens
+Row = dict[str, Any]
 LIMIT = 300  # seconds for one run
 KEPT_SMALL = -3  # mallopt's M_MMAP_THRESHOLD: larger blocks are mapped one by one, and unmapped when they are freed
 
@@ -174,58 +178,93 @@ def run(models: str = ",".join(MODELS), methods: str = "", out: Path = RESULTS /
     """Predict and measure; what lies in the file already is left out."""
     torch.set_num_threads(1)
     ctypes.CDLL(None).mallopt(KEPT_SMALL, 1 << 16)
-    stored = json.loads(out.read_text()) if out.is_file() else {"rows": []}
-    rows = {(row["model"], row["batch"], row["length"], row["method"]): row for row in stored["rows"]}
-    stored |= {"machine": f"{hardware(torch.device('cpu'))}, {platform.system()}, one thread", "versions": versions()}
-    with tempfile.TemporaryDirectory() as root:
-        for name in models.split(","):
-            folder = Path(root) / name
-            folder.mkdir()
-            (folder / "config.json").write_text(json.dumps(MODELS[name]))
+    rows = {key_of(row): row for row in read(out)}
+    for name in models.split(","):
+        with config_of(name) as folder:
             for batch, length in SHAPES:
                 real_run(folder, "lora", batch, length)  # so that the children find code and buffers of libraries
                 for method in methods.split(",") if methods else registry():
-                    key = (name, batch, length, method)
-                    if key not in rows:
-                        rows[key] = compare(folder, method, batch, length)
-                        print(line(rows[key]), flush=True)
-                stored["rows"] = list(rows.values())
-                out.write_text(json.dumps(stored, indent=1))
+                    row: Row = {"model": name, "batch": batch, "length": length, "method": method}
+                    if key_of(row) not in rows:
+                        row |= predicted(folder, method, batch, length)
+                        if "refused" not in row:
+                            row["measured"] = apart(partial(real_run, folder, method, batch, length))
+                        rows[key_of(row)] = row
+                        print(line(row), flush=True)
+                write(out, list(rows.values()))
 
 
-def compare(folder: Path, method: str, batch: int, length: int) -> dict[str, Any]:
-    row: dict[str, Any] = {"model": folder.name, "batch": batch, "length": length, "method": method}
+@app.command()
+def predict(out: Path = RESULTS / "plan.json") -> None:
+    """Predict again what was measured."""
+    torch.set_num_threads(1)
+    rows = read(out)
+    for name in dict.fromkeys(row["model"] for row in rows):
+        with config_of(name) as folder:
+            for row in rows:
+                if row["model"] == name:
+                    row |= predicted(folder, row["method"], row["batch"], row["length"])
+    write(out, rows)
+
+
+def key_of(row: Row) -> tuple[Any, ...]:
+    return row["model"], row["batch"], row["length"], row["method"]
+
+
+def read(file: Path) -> list[Row]:
+    return json.loads(file.read_text())["rows"] if file.is_file() else []
+
+
+def write(file: Path, rows: list[Row]) -> None:
+    machine = f"{hardware(torch.device('cpu'))}, {platform.system()}, one thread"
+    file.write_text(json.dumps({"machine": machine, "versions": versions(), "rows": rows}, indent=1))
+
+
+@contextmanager
+def config_of(name: str) -> Iterator[Path]:
+    """A folder with the configuration of a model, and nothing else."""
+    with tempfile.TemporaryDirectory() as root:
+        folder = Path(root) / name
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(MODELS[name]))
+        yield folder
+
+
+def predicted(folder: Path, method: str, batch: int, length: int) -> Row:
     started = time.process_time()
     try:
-        found: Estimate = estimate(str(folder), method, batch=batch, length=length)
+        found = estimate(str(folder), method, batch=batch, length=length)
     except UserError as error:
-        return row | {"error": str(error)}
-    row["estimate_seconds"] = round(time.process_time() - started, 2)
-    row |= {
+        return {"refused": str(error)}
+    return {
         "trainable": found.trainable, "stored_bytes": found.stored_bytes, "peak_bytes": found.peak_bytes,
-        "peak_phase": found.peak_phase, "flops": found.flops,
-        "step_seconds": found.step_seconds,
+        "peak_phase": found.peak_phase, "flops": found.flops, "step_seconds": found.step_seconds,
+        "estimate_seconds": round(time.process_time() - started, 2),
     }  # fmt: skip
-    return row | {"measured": apart(lambda: real_run(folder, method, batch, length))}
+
+
+def failure(row: Row) -> str:
+    """Why there is nothing to compare; empty where there is."""
+    return row.get("refused", "") or row["measured"].get("error", "")
 
 
 @app.command()
 def table() -> None:
     """Write results/plan.md."""
     stored = json.loads((RESULTS / "plan.json").read_text())
-    rows = [row for row in stored["rows"] if "measured" in row and "error" not in row["measured"]]
-    failed = [row for row in stored["rows"] if row not in rows]
+    rows = [row for row in stored["rows"] if not failure(row)]
+    failed = [row for row in stored["rows"] if failure(row)]
     for row in rows:
         row["real"] = max(row["measured"]["peaks"].values())
-        row["error"] = row["peak_bytes"] / row["real"] - 1
+        row["off"] = row["peak_bytes"] / row["real"] - 1
         row["slower"] = row["step_seconds"] / row["measured"]["step_seconds"]
     (RESULTS / "plan.md").write_text("\n".join([*summary(rows, failed, stored["machine"]), "", *details(rows)]) + "\n")
 
 
-def summary(rows: list[dict[str, Any]], failed: list[dict[str, Any]], machine: str) -> Iterator[str]:
+def summary(rows: list[Row], failed: list[Row], machine: str) -> Iterator[str]:
     """How good the estimate was."""
-    errors = [abs(row["error"]) for row in rows]
-    worst = max(rows, key=lambda row: abs(row["error"]))
+    errors = [abs(row["off"]) for row in rows]
+    worst = max(rows, key=lambda row: abs(row["off"]))
     count = len({row["method"] for row in rows})
     yield "# Predicted and real"
     yield ""
@@ -237,9 +276,13 @@ def summary(rows: list[dict[str, Any]], failed: list[dict[str, Any]], machine: s
         f"({worst['method']} on {worst['model']})."
     )
     for what, name in (("trainable", "Trained values"), ("stored_bytes", "Stored bytes")):
-        wrong = sorted({row["method"] for row in rows if row[what] != row["measured"][what]})
-        exact = sum(row[what] == row["measured"][what] for row in rows)
-        yield f"{name}: exact in {exact} of {len(rows)}; not for {', '.join(wrong) or 'none'}, which choose by values."
+        ratios: dict[str, list[float]] = defaultdict(list)
+        for row in rows:
+            if row[what] != row["measured"][what]:
+                ratios[row["method"]].append(row[what] / row["measured"][what])
+        exact = len(rows) - sum(map(len, ratios.values()))
+        others = ", ".join(f"{method} ({min(own):.2f} to {max(own):.2f})" for method, own in sorted(ratios.items()))
+        yield f"{name}: exact in {exact} of {len(rows)}; else predicted over real, where values choose: {others}."
     times = sorted(row["slower"] for row in rows)
     off = statistics.median(max(ratio, 1 / ratio) for ratio in times)
     yield (
@@ -253,17 +296,17 @@ def summary(rows: list[dict[str, Any]], failed: list[dict[str, Any]], machine: s
     yield "|---|---|---|---|---|---|"
     for model, batch, length in dict.fromkeys((row["model"], row["batch"], row["length"]) for row in rows):
         own = [row for row in rows if (row["model"], row["batch"], row["length"]) == (model, batch, length)]
-        errors = [100 * abs(row["error"]) for row in own]
+        errors = [100 * abs(row["off"]) for row in own]
         ratio = statistics.median(row["slower"] for row in own)
         yield (
             f"| {model} | {batch} x {length} | {len(own)} | {statistics.median(errors):.1f} % | {max(errors):.1f} % | "
             f"{ratio:.2f} |"
         )
     for row in failed:
-        yield f"\nNot run: {row['method']} on {row['model']}: {row.get('measured', row)['error']}"
+        yield f"\nNot run: {row['method']} on {row['model']}: {failure(row)}"
 
 
-def details(rows: list[dict[str, Any]]) -> Iterator[str]:
+def details(rows: list[Row]) -> Iterator[str]:
     """Each method on each model: predicted peak in MB and its error, for both batches."""
     keys = list(dict.fromkeys((row["model"], row["batch"], row["length"]) for row in rows))
     found = {(row["method"], row["model"], row["batch"], row["length"]): row for row in rows}
@@ -273,15 +316,15 @@ def details(rows: list[dict[str, Any]]) -> Iterator[str]:
     yield "|---" * (len(keys) + 1) + "|"
     for method in dict.fromkeys(row["method"] for row in rows):
         cells = [found.get((method, *key)) for key in keys]
-        shown = [f"{c['peak_bytes'] / 1e6:.0f} ({100 * c['error']:+.1f} %)" if c else "-" for c in cells]
+        shown = [f"{c['peak_bytes'] / 1e6:.0f} ({100 * c['off']:+.1f} %)" if c else "-" for c in cells]
         yield f"| {method} | " + " | ".join(shown) + " |"
 
 
-def line(row: dict[str, Any]) -> str:
+def line(row: Row) -> str:
     name = f"{row['model']:12} {row['batch']:3} x {row['length']:<4} {row['method']:20}"
-    real = row.get("measured", row)
-    if "error" in real:
-        return f"{name} {real['error'][:90]}"
+    if failure(row):
+        return f"{name} {failure(row)}"
+    real = row["measured"]
     peak = max(real["peaks"].values())
     phase = max(real["peaks"], key=lambda phase: real["peaks"][phase])
     exact = row["trainable"] == real["trainable"], row["stored_bytes"] == real["stored_bytes"]
