@@ -338,17 +338,33 @@ def export(to: Path, out: Out = OUT) -> None:
 
 
 @app.command()
-def evaluate(model: Folder, file: Annotated[Path, typer.Argument(exists=True, dir_okay=False)]) -> None:
-    """Perplexity and bits per byte of a text; every token sees at least half a context before it."""
+def evaluate(
+    model: Folder,
+    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False)],
+    plain: Annotated[bool, typer.Option(help="first write the text as people do")] = False,
+) -> None:
+    """Perplexity and bits per byte of a text; every token after the first half context sees as much before it."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(model)
     text = gzip.decompress(file.read_bytes()).decode("utf-8")
+    text = written_out(text) if plain else text
     tokens = torch.tensor(tokenizer(text, verbose=False)["input_ids"])  # the end token first
-    lm = LlamaForCausalLM.from_pretrained(model, dtype=torch.float32)
-    nats = text_loss(lm, tokens)
-    counts = {"token": len(tokens) - 1, "word": len(text.split())}
-    perplexities = {f"perplexity per {unit}": math.exp(nats / count) for unit, count in counts.items()}
-    per_byte = nats / math.log(2) / len(text.encode("utf-8"))
-    print(json.dumps({**counts, "nats": nats, **perplexities, "bits per byte": per_byte}))
+    nats = text_loss(LlamaForCausalLM.from_pretrained(model, dtype=torch.float32), tokens)
+    counts = {"tokens": len(tokens) - 1, "words": len(text.split()), "bytes": len(text.encode("utf-8"))}
+    found = {
+        "nats per token": nats / counts["tokens"],
+        "perplexity per token": math.exp(nats / counts["tokens"]),
+        "perplexity per word": math.exp(nats / counts["words"]),
+        "bits per byte": nats / math.log(2) / counts["bytes"],
+    }
+    print(json.dumps(counts | {name: round(value, 4) for name, value in found.items()}))
+
+
+def written_out(text: str) -> str:
+    """WikiText, which sets spaces around every sign, as people write."""
+    text = re.sub(r" @([-,.])@ ", r"\1", text)
+    text = re.sub(r'" ([^"\n]*) "', r'"\1"', text)
+    text = re.sub(r" ([,.;:!?%)\]]|'\w+|n't)", r"\1", text)
+    return re.sub(r"([(\[$£]) ", r"\1", text)
 
 
 @torch.no_grad()
