@@ -196,9 +196,10 @@ def table() -> None:
         f"Made by `benchmarks/methods.py` on {'; '.join(hardware)}.",
         f"banking77: {setting(ENCODER, encoder)}, 20 training rows per class.",
         f"e2e_nlg: {setting(DECODER, decoder)}, 1,500 training rows.",
-        "Each method tried three learning rates, chosen between on validation rows; one seed unless a spread is given,",
-        "so two points on banking77 tell nothing. Sizes are near LoRA's of rank 8 where a method has one.",
-        "Step time is over that of LoRA, alternating in one process. An empty cell was not run.",
+        "Each method tried three learning rates, chosen between on validation rows (on e2e_nlg three times those on",
+        "banking77); one seed unless a spread is given, so two points on banking77 tell nothing. Sizes are near LoRA's",
+        "of rank 8 where a method has one. Step time is over that of LoRA, alternating in one process. An empty cell",
+        "was not run: BitFit finds no biases in that decoder.",
         "",
         "| method | banking77 accuracy | rate | trainable | stored | saved activations | step time / LoRA "
         "| e2e_nlg token accuracy | rate | trainable |",
