@@ -25,7 +25,7 @@ def make(values: dict[str, Any], data: Data, run_id: str, progress: Any, keep: b
     from deltaworks.train.loop import train
     from deltaworks.train.worker import sparing
 
-    tell = sparing(lambda event: progress.put_nowait((run_id, event)))
+    tell = sparing(lambda event: progress.actor.put_nowait.remote((run_id, event)))  # training waits for no answer
     with TemporaryDirectory(prefix="deltaworks-") as scratch:
         adapter = Path(scratch) / "adapter"
         record = train(parse_recipe(values), data=data, adapter=adapter, tell=tell)
@@ -75,7 +75,6 @@ class Cluster(Engine):
 
     def heard(self) -> list[Event]:
         ended, _ = self.ray.wait(list(self.tasks), timeout=0.2) if self.tasks else ([], [])
-        # what a run said before it ended is told before
         jobs = {job.run_id: job for job in self.tasks.values()}
         said = self.progress.get_nowait_batch(self.progress.qsize())
         events = [Event(jobs[run_id], event) for run_id, event in said if run_id in jobs]
