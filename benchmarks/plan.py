@@ -190,8 +190,8 @@ def run(models: str = ",".join(MODELS), methods: str = "", out: Path = RESULTS /
                         if "refused" not in row:
                             row["measured"] = apart(partial(real_run, folder, method, batch, length))
                         rows[key_of(row)] = row
+                        write(out, list(rows.values()))
                         print(line(row), flush=True)
-                write(out, list(rows.values()))
 
 
 @app.command()

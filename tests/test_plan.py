@@ -42,7 +42,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Hardware:
     """A machine of round numbers, so that none is measured."""
     rates = {"float32": 1e12, "bfloat16": 2e12, "float16": 2e12}
     found = Hardware("round", "cpu", 10**9, 1e11, rates, 1.0, 1e-6, "made up")
-    monkeypatch.setattr("deltaworks.advise.hardware.here", lambda: found)
+    monkeypatch.setattr("deltaworks.advise.hardware.here", lambda again: found)
     return found
 
 
@@ -265,6 +265,8 @@ def test_this_machine_is_measured_once(tmp_path: Path, monkeypatch: pytest.Monke
     assert first.bandwidth > 1e7
     monkeypatch.setattr("deltaworks.advise.hardware.measured", None)  # not called again
     assert here("cpu") == first
+    with pytest.raises(TypeError):
+        here("cpu", again=True)
     (tmp_path / "deltaworks" / "hardware.json").write_text("broken")
     with pytest.raises(TypeError):
         here("cpu")

@@ -140,7 +140,9 @@ def plan(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16, of weights and arithmetic")] = "float32",
     quantize: Annotated[str | None, typer.Option(help="nf4 or int8, for the linear layers of the base")] = None,
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="compute blocks again to save memory")] = False,
-    hardware: Annotated[str | None, typer.Option(help="a name such as rtx-4090; default: this machine")] = None,
+    hardware: Annotated[
+        str | None, typer.Option(help="a name such as rtx-4090; default: this machine; here: measure it anew")
+    ] = None,
     labels: Annotated[int, typer.Option(help="number of classes")] = 2,
     json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:

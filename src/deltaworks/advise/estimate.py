@@ -90,7 +90,7 @@ def estimate(
         dtype: Of the base weights and of the arithmetic: "float32", "bfloat16", "float16" or "bf16" and the like.
         quantize: "nf4" or "int8" for the linear layers of the base.
         checkpointing: Whether blocks are computed again in the backward pass.
-        hardware: A name of the table; default: this machine.
+        hardware: A name of the table; default: this machine, as it was measured once ("here": measured now).
         labels: Number of classes.
 
     Raises:

@@ -67,9 +67,12 @@ def _from_row(row: dict[str, Any]) -> Hardware:
 
 
 def find_hardware(name: str | None) -> Hardware:
-    """The hardware of this name; "here" (the default) is measured. Raises UserError with the nearest names."""
+    """The hardware of this name; by default this machine, which "here" measures anew.
+
+    Raises UserError with the nearest names.
+    """
     if name in (None, HERE):
-        return here()
+        return here(again=name == HERE)
     known = table()
     key = str(name).lower().replace(" ", "-").removeprefix("nvidia-")
     if key not in known:
@@ -80,15 +83,16 @@ def find_hardware(name: str | None) -> Hardware:
 # ---------------------------------------------------------------------- this machine
 
 
-def here(device: str | None = None) -> Hardware:
-    """This machine, measured in about two seconds and remembered in the user's cache folder."""
+def here(device: str | None = None, *, again: bool = False) -> Hardware:
+    """This machine, measured in about two seconds and remembered in the user's cache folder, or measured ``again``."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     name, threads = measure.hardware(torch.device(device)), torch.get_num_threads()
     key = f"{name}, {threads} threads, torch {torch.__version__}"
     file = cache_folder() / "hardware.json"
     try:
         known = json.loads(file.read_text(encoding="utf-8"))
-        return Hardware(**known[key])
+        if not again:
+            return Hardware(**known[key])
     except (OSError, ValueError, KeyError, TypeError):
         known = {}
     found = measured(device, name)

@@ -6,9 +6,11 @@ import dataclasses
 import json
 
 from deltaworks.advise.estimate import Estimate
-from deltaworks.compare.wording import show_bytes, show_count, show_seconds, show_share
+from deltaworks.compare.wording import show_bytes, show_count, show_seconds, show_share, three_digits
 
 CAUTION = "An estimate: rows are full, what a method chooses by values is spread evenly, and the time is a roofline."
+
+FLOPS = ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"))
 
 
 def as_json(found: Estimate) -> str:
@@ -30,14 +32,21 @@ def verdict(found: Estimate) -> str:
     )
 
 
+def show_flops(count: int) -> str:
+    """Floating-point operations such as ``48.2 GFLOP``, ``43.1 TFLOP``."""
+    size, unit = next(((size, unit) for size, unit in FLOPS if count >= 0.9995 * size), FLOPS[-1])
+    return f"{three_digits(count / size)} {unit}"
+
+
 def as_text(found: Estimate) -> str:
     """A table and a verdict."""
     quantized = f", base in {found.quantize}" if found.quantize else ""
     again = ", blocks computed again" if found.checkpointing else ""
+    shape = f"{found.batch}" if found.task == "images" else f"{found.batch} x {found.length}"
     head = f", and {show_count(found.head)} of the fresh head" if found.head else ""
     rows = {
         "model": f"{found.model}, {show_count(found.parameters)} parameters, {found.dtype}{quantized}",
-        "method": f"{found.method}, {found.task}, batches of {found.batch} x {found.length}{again}",
+        "method": f"{found.method}, {found.task}, batches of {shape}{again}",
         "trainable": f"{show_count(found.trainable)} ({show_share(found.trainable, found.parameters)}){head}",
         "stored": show_bytes(found.stored_bytes),
         "": "",
@@ -48,9 +57,9 @@ def as_text(found: Estimate) -> str:
         "saved activations": show_bytes(found.activation_bytes),
         "peak": f"{show_bytes(found.peak_bytes)}, in {found.peak_phase}",
         " ": "",
-        "training step": f"{show_count(found.flops)}FLOP, {show_seconds(found.step_seconds)}, "
+        "training step": f"{show_flops(found.flops)}, {show_seconds(found.step_seconds)}, "
         f"{found.samples_per_second:.3g} samples/s on {found.hardware}",
-        "inference": f"{show_count(found.inference_flops)}FLOP, {show_seconds(found.inference_seconds)} a batch",
+        "inference": f"{show_flops(found.inference_flops)}, {show_seconds(found.inference_seconds)} a batch",
     }
     lines = [f"{key:<19}{text}".rstrip() for key, text in rows.items()]
     return "\n".join([*lines, "", verdict(found)[0].upper() + verdict(found)[1:] + ".", CAUTION])
