@@ -245,7 +245,7 @@ def test_a_function_of_the_users_own(tmp_path, monkeypatch):
 
 
 def test_unknown_names():
-    assert "did you mean 'minilm'?" in refusal("minilmm", "classification")
+    assert "did you mean 'minilm'" in refusal("minilmm", "classification")
     assert "did you mean 'bfloat16'" in refusal("minilm", "classification", dtype="bfloat")
     assert "did you mean 'causal'" in refusal("minilm", "casual")
 
