@@ -13,6 +13,7 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DEMO := $(VENV)/.installed-demo
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # each worker is a process: one thread each, or they fight over the cores
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
@@ -31,12 +32,16 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # torch first and alone: unconstrained, pip may choose another build of several gigabytes
-$(STAMP): pyproject.toml constraints.txt | $(BIN)/python
+$(DEMO): pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) install $(TORCH_FLAGS) -c constraints.txt "$$(grep '^torch==' constraints.txt)"
+	$(PIP) install -c constraints.txt -e '.[demo]'
+	@touch $@
+
+$(STAMP): $(DEMO)
 	$(PIP) install -c constraints.txt -e '.[demo,dev]'
 	@touch $@
 
-demo: $(STAMP) ## compare methods on a real pretrained model, without network; writes runs/demo/report.html
+demo: $(DEMO) ## compare methods on a real pretrained model, without network; writes runs/demo/report.html
 	$(BIN)/deltaworks compare --protocol quick --out runs/demo
 
 test: $(STAMP) ## the tests, without the slow ones
