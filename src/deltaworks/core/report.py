@@ -25,9 +25,13 @@ class Row:
 
 @dataclass
 class Report:
-    """``changed`` counts entries of the base that the adapter changes, and entries that it adds."""
+    """``changed`` counts entries of the base that the adapter changes now, and entries that it adds.
+
+    Printed, it is a table of at most 80 columns for models whose roles have short names.
+    """
 
     method: str
+    base: str
     total: int
     trainable: int
     changed: int
@@ -36,15 +40,36 @@ class Report:
 
     def __str__(self) -> str:
         share = 100 * self.trainable / max(self.total, 1)
-        lines = [
-            f"{self.method}: trainable {self.trainable:,} of {self.total:,} ({share:.3f} %), "
-            f"changed {self.changed:,}, stored {self.stored_bytes:,} bytes",
-            f"{'role':<22}{'sites':>7}{'trainable':>14}{'changed':>14}{'rank of the change':>22}",
+        head = [
+            f"{self.method} on {self.base}",
+            f"trainable  {self.trainable:,} of {self.total:,} ({share:.3g} %)",
+            f"changed    {self.changed:,}",
+            f"stored     {self.stored_bytes:,} bytes",
         ]
-        for row in self.rows:
-            ranks = f"{min(row.ranks)}..{max(row.ranks)}" if row.ranks else "-"
-            lines.append(f"{row.role:<22}{row.sites:>7}{row.trainable:>14,}{row.changed:>14,}{ranks:>22}")
-        return "\n".join(lines)
+        titles = ("role", "sites", "trainable", "changed", "rank of the change")
+        cells = [
+            (row.role, f"{row.sites:,}", f"{row.trainable:,}", f"{row.changed:,}", _span(row.ranks))
+            for row in self.rows
+        ]
+        columns = list(zip(titles, *cells, strict=True))
+        if not any(columns[-1][1:]):
+            columns.pop()
+        widths = [max(map(len, column)) for column in columns]
+        lines = [
+            "  ".join(
+                [
+                    line[0].ljust(widths[0]),
+                    *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)),
+                ]
+            )
+            for line in zip(*columns, strict=True)
+        ]
+        return "\n".join([*head, "", *lines])
+
+
+def _span(ranks: list[int]) -> str:
+    """``16``, ``3 to 16``, or nothing."""
+    return " to ".join(str(rank) for rank in sorted({min(ranks), max(ranks)})) if ranks else ""
 
 
 def rank_of(change: Tensor) -> int:
@@ -80,6 +105,7 @@ def report(delta: Delta, *, ranks: bool = False) -> Report:
             row.changed += trainable
     return Report(
         method=str(delta.config),
+        base=type(delta.model).__name__,
         total=sum(p.numel() for p in delta.model.parameters() if id(p) not in trained),
         trainable=sum(row.trainable for row in rows.values()),
         changed=sum(row.changed for row in rows.values()),
