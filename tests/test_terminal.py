@@ -12,7 +12,7 @@ def test_a_report_is_an_aligned_table() -> None:
     # two blocks: up [64, 32] and down [32, 64], rank 1 since all entries are the same
     assert str(delta.report(ranks=True)).splitlines() == [
         "lora[targets=mlp, rank=2] on Toy",
-        "trainable  768 of 16,896 (4.55 %)",
+        "trainable  768 of 17,152 (4.48 %)",
         "changed    8,192",
         "stored     3,072 bytes",
         "",
