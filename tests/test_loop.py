@@ -15,7 +15,7 @@ from deltaworks.core.errors import UserError
 from deltaworks.store.records import Record
 from deltaworks.train import fitting, measure
 from deltaworks.train.examine import examine
-from deltaworks.train.fitting import Attempt, fit, linear_decay, parameter_groups
+from deltaworks.train.fitting import Attempt, fit, parameter_groups, rate_factor
 from deltaworks.train.loop import train
 from deltaworks.train.recipe import parse_recipe
 from deltaworks.train.search import choose, search
@@ -169,12 +169,12 @@ def test_checkpointing_saves_activations(letters: dict[str, Any]) -> None:
 
 
 def test_rates_rise_then_fall() -> None:
-    factor = linear_decay(100, 0.06)
+    factor = rate_factor(100, 0.06, "linear")
     assert [round(factor(step), 3) for step in (0, 2, 5)] == [0.167, 0.5, 1.0]
     assert factor(6) == pytest.approx(1.0)
     assert factor(53) == pytest.approx(0.5)
     assert 0 < factor(99) < 0.02
-    assert linear_decay(1, 0.0)(0) == 1.0
+    assert rate_factor(1, 0.0, "linear")(0) == 1.0
 
 
 def test_memory_of_a_step_is_what_its_tensors_take() -> None:

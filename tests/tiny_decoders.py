@@ -22,6 +22,11 @@ class Letters:
             return {"input_ids": rows[0], "attention_mask": [1] * len(rows[0])}
         return {"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]}
 
+    def batch_decode(self, rows: Any, skip_special_tokens: bool = True) -> list[str]:
+        """The texts, in small letters and signs of which each stands for its token."""
+        size = VOCABULARY - 3
+        return ["".join(chr(96 + (int(token) - 3 - 96) % size) for token in row if token > 2) for row in rows]
+
 
 def causal() -> nn.Module:
     """A decoder of two blocks."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from string import Formatter
 
 from deltaworks.core.errors import UserError, nearest
 from deltaworks.train.files import Table
@@ -48,7 +49,7 @@ SAMPLE = 2000  # rows looked at when values help to guess
 
 @dataclass
 class Choice:
-    """The task, the column of each role (``"a+b"`` joins two columns), and what was guessed."""
+    """The task, the column of each role (``"a+b"`` joins two, ``"{a} or {b}?"`` fills in), and what was guessed."""
 
     task: str
     columns: dict[str, str]
@@ -93,10 +94,23 @@ def check_column(table: Table, column: str) -> None:
 
 
 def parts(column: str, known: Iterable[str]) -> list[str]:
-    """The columns that ``"a+b"`` joins, or that the first of ``"a|b"`` does that is there; a known name is itself."""
+    """The columns that a template or ``"a+b"`` joins, or that the first of ``"a|b"`` does that is there."""
     known = set(known)
+    if is_template(column, known):
+        return [field for _, field, _, _ in Formatter().parse(column) if field is not None]
     options = [[column]] if column in known else [option.split("+") for option in column.split("|")]
     return next((option for option in options if known.issuperset(option)), options[0])
+
+
+def is_template(column: str, known: Iterable[str]) -> bool:
+    """Whether it is a text with columns in braces. Raises UserError where the braces do not match."""
+    if column in known or "{" not in column:
+        return False
+    try:
+        fields = [field for _, field, _, _ in Formatter().parse(column) if field is not None]
+    except ValueError as error:
+        raise UserError(f"the template {column!r} is not one: {error}") from None
+    return bool(fields)
 
 
 def _guess(

@@ -61,7 +61,8 @@ def load_data(
     Args:
         source: "stdlib-docs", "stdlib-text", a file, a folder with train and test files, or a Hub id.
         task: One of "classification", "pairs", "causal", "seq2seq", "images"; guessed from the columns.
-        columns: Role to column name; "a+b" joins two columns. What is not given is guessed.
+        columns: Role to column name; "a+b" joins two, "premise: {a} hypothesis: {b}" is a template, in which classes
+            are written by name. What is not given is guessed.
         test: A file with the test rows, where the source does not hold them.
         limit: Most training rows, validation included; drawn with the seed, in proportion to the classes.
         limit_per_class: Most training rows of each class, validation included.
@@ -154,7 +155,8 @@ def _tables_of(source: str | Path) -> dict[str, Table]:
         raise UserError(f"{str(source)!r} cannot be read: {error}") from error
     if there or isinstance(source, Path):
         return read_splits(path)
-    from deltaworks.train.hub import HUB_ID, read_hub_dataset
+    from deltaworks.store.hub import HUB_ID
+    from deltaworks.train.hub import read_hub_dataset
 
     looks_local = (
         source.startswith((".", "/", "~"))

@@ -29,6 +29,8 @@ def examine(stage: Stage, folder: Path, tell: Tell) -> dict[str, Any]:
     started = time.perf_counter()
     outcome = stage.evaluate(stage.test)
     seconds = time.perf_counter() - started
+    if stage.recipe.score is not None:
+        outcome |= stage.written(stage.test)
     found = delta.report(ranks=stage.recipe.ranks and ranks_are_quick(delta))
     tokens = sum(len(example.get("input_ids", ())) for example in stage.test)
     fields = {

@@ -103,7 +103,7 @@ def _steps(stage: Stage, delta: Delta, trial: Attempt, tell: Tell, stops: Stops)
     steps, points = stage.steps, stage.points
     optimizer = torch.optim.AdamW(parameter_groups(stage, delta, trial.rate), fused=True)
     procedure.optimizing(optimizer)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, linear_decay(steps, recipe.warmup))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate_factor(steps, recipe.warmup, recipe.decay))
     since: list[float] = []
     ceiling = math.inf
     started = time.perf_counter()
@@ -169,11 +169,12 @@ def parameter_groups(stage: Stage, delta: Delta, rate: float) -> list[dict[str, 
     return split
 
 
-def linear_decay(steps: int, warmup: float) -> Callable[[int], float]:
+def rate_factor(steps: int, warmup: float, decay: str) -> Callable[[int], float]:
     """Factor of the rate at a step: rises to 1 over the share ``warmup`` of the steps, then falls to 0."""
     rising = max(1, round(warmup * steps))
 
     def factor(step: int) -> float:
-        return min((step + 1) / rising, max(0.0, (steps - step) / max(1, steps - rising)))
+        left = max(0.0, (steps - step) / max(1, steps - rising))
+        return min((step + 1) / rising, left if decay == "linear" else (1 - math.cos(math.pi * min(1.0, left))) / 2)
 
     return factor

@@ -27,7 +27,9 @@ class Recipe(BaseModel):
     method: str = Field("lora", description="a method with its options, such as lora[rank=16], or a sum of methods")
 
     task: str | None = Field(None, description="classification, pairs, causal, seq2seq or images; default: guessed")
-    columns: dict[str, str] | None = Field(None, description="role to column, as text=title,label=topic")
+    columns: dict[str, str] | None = Field(
+        None, description="role to column, as text=title,label=topic, or to a template with {columns}"
+    )
     test: str | None = Field(None, description="a file with the test rows, where the data does not hold them")
     limit: Whole | None = Field(None, description="most training examples")
     limit_per_class: Whole | None = Field(None, description="most training examples of each class")
@@ -35,6 +37,11 @@ class Recipe(BaseModel):
     validation: float = Field(0.1, ge=0, lt=1, description="fraction of the training rows that rates are chosen on")
     data_seed: int = Field(0, description="decides splits and limits")
     max_length: Whole = Field(256, description="most tokens of an example")
+    target_length: Whole | None = Field(None, description="most tokens of a target; default: max_length")
+    score: Literal["rouge-l", "exact match", "last number"] | None = Field(
+        None, description="of what the model writes for the test prompts; default: right tokens after true ones"
+    )
+    beams: Whole = Field(1, description="beams of the search when the model writes")
 
     steps: Whole | None = Field(None, description="optimizer steps; default: from epochs")
     epochs: Positive | None = Field(None, description="passes over the training data; default: 3")
@@ -51,6 +58,7 @@ class Recipe(BaseModel):
     head_rate: Positive | None = Field(None, description="rate of a fresh head; default: that of the method")
     weight_decay: float = Field(0.0, ge=0)
     warmup: float = Field(0.06, ge=0, lt=1, description="fraction of the steps in which the rate rises")
+    decay: Literal["linear", "cosine"] = Field("linear", description="how the rate falls to 0 after that")
     clip: Positive = Field(1.0, description="largest norm of the gradient")
     seed: int = Field(0, ge=0, description="decides the head, the adapter, the order of the data and dropout")
 

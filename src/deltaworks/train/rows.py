@@ -3,7 +3,7 @@
 from typing import Any
 
 from deltaworks.core.errors import UserError
-from deltaworks.train.columns import Choice, check_column, parts
+from deltaworks.train.columns import Choice, check_column, is_template, parts
 from deltaworks.train.files import Row, Table
 
 
@@ -18,12 +18,11 @@ def normalised(table: Table, choice: Choice, labels: list[str] | None, notes: li
     by_role: dict[str, list[Any]] = {}
     for role, column in choice.columns.items():
         check_column(table, column)
-        column = "+".join(parts(column, table.columns))
         if role == "label":
             index = {name: number for number, name in enumerate(labels or [])}
-            by_role[role] = [index[name] for name in _label_values(table, column)]
+            by_role[role] = [index[name] for name in _label_values(table, _label_column(table, column))]
         elif role == "image":
-            by_role[role] = _image_values(table, column)
+            by_role[role] = _image_values(table, parts(column, table.columns)[0])
         else:
             by_role[role] = _text_values(table, column)
     rows = [dict(zip(by_role, cells, strict=True)) for cells in zip(*by_role.values(), strict=True)]
@@ -46,7 +45,7 @@ def label_names_of(table: Table, column: str, known: list[str] | None = None) ->
         UserError: A label is missing, of another type than the others, or not among the known ones.
     """
     check_column(table, column)
-    column = "+".join(parts(column, table.columns))
+    column = _label_column(table, column)
     values = _label_values(table, column)
     if known is not None:
         among = set(known)
@@ -95,11 +94,30 @@ def _label_values(table: Table, column: str) -> list[str]:
     return names
 
 
+def _label_column(table: Table, column: str) -> str:
+    """Raises UserError for several columns: a class is in one."""
+    names = parts(column, table.columns)
+    if len(names) != 1 or is_template(column, table.columns):
+        raise UserError(f"the label column {column!r} is not one column; say which one holds the classes")
+    return names[0]
+
+
 def _text_values(table: Table, column: str) -> list[str]:
-    joined = [_one_type(table, part, (str,), "it must be a text") for part in parts(column, table.columns)]
+    names = parts(column, table.columns)
+    if is_template(column, table.columns):
+        filled = zip(*(_written_values(table, name) for name in names), strict=True)
+        return [column.format_map(dict(zip(names, values, strict=True))) for values in filled]
+    joined = [_one_type(table, name, (str,), "it must be a text") for name in names]
     if len(joined) == 1:
         return joined[0]
     return ["\n".join(text for text in texts if text.strip()) for texts in zip(*joined, strict=True)]
+
+
+def _written_values(table: Table, column: str) -> list[str]:
+    """A column in a template: its texts, or the names of its classes."""
+    if column not in table.label_names and any(isinstance(row.get(column), str) for row in table.rows[:1]):
+        return _one_type(table, column, (str,), "it must be a text")
+    return _label_values(table, column)
 
 
 def _image_values(table: Table, column: str) -> list[Any]:

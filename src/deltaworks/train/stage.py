@@ -21,7 +21,8 @@ from deltaworks.train.devices import Team
 from deltaworks.train.forgetting import Probe, probe_of
 from deltaworks.train.models import Loaded, load_model
 from deltaworks.train.recipe import Recipe
-from deltaworks.train.tasks import Task, make_task
+from deltaworks.train.tasks import Task, TokenTask, make_task
+from deltaworks.train.writing import check_score, written_scores
 
 
 @dataclass
@@ -79,6 +80,12 @@ class Stage:
         with self.arithmetic():
             return self.task.evaluate(self.model, encoded, 2 * self.recipe.batch_size)
 
+    def written(self, encoded: Sequence[Encoded]) -> dict[str, Any]:
+        """Scores of what the model writes, in this process alone."""
+        assert isinstance(self.task, TokenTask)  # as ``check_score`` made sure
+        with self.arithmetic():
+            return written_scores(self.model, self.task, encoded, self.recipe, 2 * self.recipe.batch_size)
+
 
 @dataclass
 class Batches:
@@ -118,7 +125,8 @@ def prepare(recipe: Recipe, data: Data | None = None, team: Team | None = None) 
     loaded.model.to(device)
     if recipe.gradient_checkpointing:
         checkpointed(loaded.model)
-    task = make_task(data.task, loaded.processor, recipe.max_length)
+    task = make_task(data.task, loaded.processor, recipe.max_length, recipe.target_length)
+    check_score(recipe, task, data.columns)
     train, validation, test = (task.encode(rows) for rows in (data.train, data.validation, data.test))
     probe = probe_of(recipe, task)
     return Stage(recipe, config, data, loaded, task, device, train, validation, test, probe, team)

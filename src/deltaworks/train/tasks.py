@@ -26,16 +26,18 @@ class Task(ABC):
     Args:
         processor: The tokenizer or picture scaler of `load_model`.
         max_length: Most tokens per example; longer ones are truncated.
+        target_length: Most tokens of a target, within ``max_length``.
     """
 
     name: ClassVar[str]
     metric: ClassVar[str]
 
-    def __init__(self, processor: Any, max_length: int = 256) -> None:
+    def __init__(self, processor: Any, max_length: int = 256, target_length: int | None = None) -> None:
         if max_length < 4:
             raise UserError(f"max_length={max_length} leaves no room for text; give at least 4")
         self.processor = processor
         self.max_length = min(max_length, getattr(processor, "model_max_length", max_length))
+        self.target_length = min(target_length or self.max_length, self.max_length)
 
     @abstractmethod
     def encode(self, rows: Sequence[dict[str, Any]]) -> list[Encoded]:
@@ -169,12 +171,20 @@ class Images(_ClassTask):
         }
 
 
-class _TokenTask(Task):
+class TokenTask(Task):
     metric = "token accuracy"
     first: ClassVar[int] = 0  # the first label that is predicted
 
     def counted(self, examples: Sequence[Encoded]) -> int:
         return sum(label != IGNORED for example in examples for label in example["labels"][self.first :])
+
+    def prompt_of(self, example: Encoded) -> list[int]:
+        """The tokens that are given when the model writes the target."""
+        return list(example["input_ids"])
+
+    def target_of(self, example: Encoded) -> list[int]:
+        """The tokens that the model should write."""
+        return [label for label in example["labels"] if label != IGNORED]
 
     def _token_outcomes(self, logits: Tensor, labels: Tensor) -> list[dict[str, float]]:
         """Logits [batch, tokens, vocabulary] against the labels [batch, tokens] at the same places."""
@@ -195,7 +205,7 @@ class _TokenTask(Task):
         return token_scores(outcomes)
 
 
-class Causal(_TokenTask):
+class Causal(TokenTask):
     """A text continued token by token: all of it, or only the target after a prompt.
 
     The prompt and the target are joined by a line break, and the target ends with the end token. Only target
@@ -205,8 +215,8 @@ class Causal(_TokenTask):
     name = "causal"
     first = 1  # nothing is before the first token
 
-    def __init__(self, processor: Any, max_length: int = 256) -> None:
-        super().__init__(processor, max_length)
+    def __init__(self, processor: Any, max_length: int = 256, target_length: int | None = None) -> None:
+        super().__init__(processor, max_length, target_length)
         start = processor("a")["input_ids"][:1]
         begins = processor.bos_token_id is not None and start == [processor.bos_token_id]
         self._start: list[int] = start if begins else []
@@ -228,7 +238,7 @@ class Causal(_TokenTask):
     def _joined(self, prompt: list[int], target: list[int]) -> Encoded:
         room = self.max_length - len(self._start)
         target = target + self._end
-        target = target[: max(room - len(prompt), -(-room // 2))]
+        target = target[: min(max(room - len(prompt), -(-room // 2)), self.target_length)]
         kept = room - len(target)
         context = self._start + (prompt[-kept:] if kept else [])
         return {
@@ -236,6 +246,9 @@ class Causal(_TokenTask):
             "attention_mask": [1] * (len(context) + len(target)),
             "labels": [IGNORED] * len(context) + target,
         }
+
+    def prompt_of(self, example: Encoded) -> list[int]:
+        return list(example["input_ids"])[: -len(self.target_of(example))]
 
     def collate(self, examples: Sequence[Encoded]) -> dict[str, Tensor]:
         fills = {"input_ids": self.processor.pad_token_id, "attention_mask": 0, "labels": IGNORED}
@@ -250,7 +263,7 @@ class Causal(_TokenTask):
         return self._token_outcomes(logits[:, :-1], batch["labels"][:, 1:])
 
 
-class SequenceToSequence(_TokenTask):
+class SequenceToSequence(TokenTask):
     """An encoder reads the prompt, a decoder writes the target; scored with the true target before it."""
 
     name = "seq2seq"
@@ -258,9 +271,9 @@ class SequenceToSequence(_TokenTask):
     def encode(self, rows: Sequence[dict[str, Any]]) -> list[Encoded]:
         if not rows:
             return []
-        options = {"truncation": True, "max_length": self.max_length}
-        inputs = self.processor([row["prompt"] for row in rows], **options)
-        targets = self.processor(text_target=[row["target"] for row in rows], **options)["input_ids"]
+        inputs = self.processor([row["prompt"] for row in rows], truncation=True, max_length=self.max_length)
+        texts = [row["target"] for row in rows]
+        targets = self.processor(text_target=texts, truncation=True, max_length=self.target_length)["input_ids"]
         columns = (inputs["input_ids"], inputs["attention_mask"], targets)
         return [
             {"input_ids": tokens, "attention_mask": mask, "labels": target}
@@ -282,7 +295,7 @@ class SequenceToSequence(_TokenTask):
 TASKS: dict[str, type[Task]] = {task.name: task for task in (Classification, Pairs, Causal, SequenceToSequence, Images)}
 
 
-def make_task(name: str, processor: Any, max_length: int = 256) -> Task:
+def make_task(name: str, processor: Any, max_length: int = 256, target_length: int | None = None) -> Task:
     """The task of this name over a tokenizer or picture scaler.
 
     Raises:
@@ -294,7 +307,7 @@ def make_task(name: str, processor: Any, max_length: int = 256) -> Task:
         raise UserError(
             f"the task {name!r} needs a tokenizer or picture scaler; set it as the attribute 'processor' of the model"
         )
-    return TASKS[name](processor, max_length)
+    return TASKS[name](processor, max_length, target_length)
 
 
 def _reads_labels(model: nn.Module) -> bool:
