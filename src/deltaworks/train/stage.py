@@ -162,6 +162,8 @@ def device_of(name: str) -> torch.device:
 
 def checkpointed(model: Any) -> None:
     """Let a model recompute its activations. Raises UserError where it cannot."""
-    if not hasattr(model, "gradient_checkpointing_enable"):
+    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")  # the second: before transformers 5.23
+    enable = next((getattr(model, name) for name in names if hasattr(model, name)), None)
+    if enable is None:
         raise UserError(f"{type(model).__name__} has no gradient checkpointing: leave gradient_checkpointing out")
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    enable({"use_reentrant": False})
