@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     from deltaworks.core.procedure import Procedure, Run
     from deltaworks.core.registry import Config, configure, methods, registry
     from deltaworks.store.checkpoint import load
-    from deltaworks.train.trainer import DeltaTrainer
+    from deltaworks.train.trainer import DeltaTrainer, DeltaTrainerMixin
 
 __version__ = "0.1.0"
 __all__ = [
-    "Config", "Delta", "DeltaTrainer", "Procedure", "Run", "UserError",
+    "Config", "Delta", "DeltaTrainer", "DeltaTrainerMixin", "Procedure", "Run", "UserError",
     "anatomy", "attach", "configure", "load", "methods", "registry", "rows", "switch",
 ]  # fmt: skip
 
@@ -28,7 +28,7 @@ _HOMES = {
     "core.procedure": ("Procedure", "Run"),
     "core.registry": ("Config", "configure", "methods", "registry"),
     "store.checkpoint": ("load",),
-    "train.trainer": ("DeltaTrainer",),
+    "train.trainer": ("DeltaTrainer", "DeltaTrainerMixin"),
 }
 
 

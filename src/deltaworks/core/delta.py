@@ -18,10 +18,12 @@ from deltaworks.core.building import Attached, Builder
 from deltaworks.core.cutting import Cut, cut_tensors, shrink_as
 from deltaworks.core.errors import UserError
 from deltaworks.core.forms import Tuner
+from deltaworks.core.marks import base_marks
 from deltaworks.core.places import Place, sees_whole_batch
 from deltaworks.core.procedure import Procedure, Procedures
 from deltaworks.core.registry import Config, configure
 from deltaworks.core.report import Report, report
+from deltaworks.core.sharding import whole
 from deltaworks.core.sites import is_causal
 from deltaworks.core.weights import base_tensors, effective, to_matrix
 from deltaworks.core.wrapping import unwrap, wrap
@@ -55,6 +57,7 @@ def attach(
     with board.whole():
         delta = Delta(model, name, config, also, seed, board)
     delta._install()
+    delta.base = base_marks(delta)
     return delta
 
 
@@ -65,6 +68,7 @@ class Delta:
         self.model, self.name, self.config, self.also, self.seed, self.board = model, name, config, also, seed, board
         self.members: list[Config] = config.parts()  # the methods that this adapter is made of
         self.merged = False
+        self.base: dict[str, Any] = {}  # by which its base is known again
         self.resting: list[nn.Parameter] = []  # trained parameters that get no gradient for a while
         self.anatomy: Anatomy = next(iter(board.deltas.values())).anatomy if board.deltas else anatomy(model)
         self._before: merging.Values = {}
@@ -343,10 +347,14 @@ class Delta:
             return report(self, ranks=ranks)
 
     def save(self, folder: str | Path, *, training: bool = False) -> Path:
-        """Write the adapter into ``folder`` as safetensors and JSON; a crash leaves the old or the new one."""
+        """Write the adapter into ``folder`` as safetensors and JSON; a crash leaves the old or the new one.
+
+        Where processes hold shards of it, every one of them must call this; the first one writes.
+        """
         from deltaworks.store.checkpoint import save  # the handle is the front door; the format lives in store
 
-        return save(self, folder, training=training)
+        with whole(self) as writes:
+            return save(self, folder, training=training) if writes else Path(folder)
 
     def __repr__(self) -> str:
         state = "merged" if self.merged else "acting" if self.name in self.board.active else "resting"

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from deltaworks.core.delta import Delta, attach
 from deltaworks.core.errors import UserError
 from deltaworks.core.registry import as_data, from_data
+from deltaworks.core.sharding import whole
 from deltaworks.store.files import check_writable, read_json, write_atomically
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def save(delta: Delta, folder: str | Path, *, training: bool = False) -> Path:
         "training": training,
         "tensors": file,
         "sha256": hashlib.sha256(blob).hexdigest(),
-        "base": base_marks(delta.model, delta),
+        "base": delta.base,
     }
     if training:
         manifest["procedure"] = progress
@@ -159,14 +160,16 @@ def _fill(
 ) -> None:
     """Tensors and, where they are there, the procedure's state into a fitting adapter."""
     if not any_base:
-        check_base(manifest["base"], base_marks(delta.model, delta), folder)
-    for key, own in delta.tensors(training=bool(manifest.get("training"))).items():
-        found = tensors.get(key, own)
-        if found.is_floating_point() != own.is_floating_point():
-            raise UserError(f"the checkpoint's tensor {key!r} is of type {found.dtype}, not {own.dtype}")
+        check_base(manifest["base"], delta.base, folder)
+    training = bool(manifest.get("training"))
     progress = unpack(manifest.get("procedure", {}), tensors)
-    delta.restore(tensors, training=bool(manifest.get("training")))
-    if manifest.get("training"):
+    with whole(delta, write=True):
+        for key, own in delta.tensors(training=training).items():
+            found = tensors.get(key, own)
+            if found.is_floating_point() != own.is_floating_point():
+                raise UserError(f"the checkpoint's tensor {key!r} is of type {found.dtype}, not {own.dtype}")
+        delta.restore(tensors, training=training)
+    if training:
         try:
             delta.procedure.resume(progress)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
@@ -194,29 +197,6 @@ def unpack(data: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(data, dict):
         return {key: unpack(inner, tensors) for key, inner in data.items()}
     return [unpack(inner, tensors) for inner in data] if isinstance(data, list) else data
-
-
-def base_marks(model: nn.Module, delta: Delta) -> dict[str, Any]:
-    """A few numbers by which a base is known: sizes, and single values of up to eight of its tensors."""
-    own = {id(parameter) for each in delta.board.deltas.values() for parameter in each.parameters()}
-    replaced = {f"{i.place.path}." for i in delta.attached if i.member >= len(delta.members)}
-    with delta.board.whole():
-        base = [
-            (name, parameter)
-            for name, parameter in model.named_parameters()
-            if id(parameter) not in own and ".deltas." not in name and not any(name.startswith(r) for r in replaced)
-        ]
-    chosen = base[:: max(1, len(base) // 8)][:8]
-    values = {}
-    for name, parameter in chosen:
-        flat = parameter.detach().reshape(-1)
-        if flat.numel() and flat.device.type != "meta":
-            values[name] = [round(float(v), 8) for v in flat[:: max(1, flat.numel() // 4)][:4].float().cpu()]
-    return {
-        "class": type(model).__name__,
-        "parameters": sum(parameter.numel() for _, parameter in base),
-        "values": values,
-    }
 
 
 def check_base(saved: Mapping[str, Any], found: Mapping[str, Any], folder: str | Path) -> None:

@@ -93,6 +93,14 @@ class Team:
                 parameter.grad = total.view_as(parameter).to(parameter.dtype)
 
     @torch.no_grad()
+    def average(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Make the gradients the mean over the processes, as DDP does."""
+        self.add_up(parameters)
+        for parameter in parameters:
+            if self.size > 1 and parameter.grad is not None:
+                parameter.grad /= self.size
+
+    @torch.no_grad()
     def unite(self, delta: Delta) -> None:
         """Give the adapter of the main process to all. Raises UserError where it has other shapes than theirs."""
         if self.size == 1:

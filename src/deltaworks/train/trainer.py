@@ -1,39 +1,85 @@
-"""The Hugging Face Trainer with an adapter: its procedure's hooks, its parameter groups, its checkpoints."""
+"""An adapter under the Hugging Face Trainer, TRL's trainers and any other subclass: one mixin before the class.
+
+::
+
+    class DeltaSFT(dw.DeltaTrainerMixin, SFTTrainer): ...
+
+    DeltaSFT(delta, args=..., train_dataset=...).train()
+"""
 
 from __future__ import annotations
 
+import inspect
 import os
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
+from transformers.trainer import SCHEDULER_NAME
 
 from deltaworks.core.delta import Delta
 from deltaworks.core.errors import UserError
 from deltaworks.core.procedure import Run
+from deltaworks.core.sharding import is_sharded
 from deltaworks.store.checkpoint import resume
+from deltaworks.train.devices import Team
+from deltaworks.train.reference import Reference
+from deltaworks.train.sharding import keep_whole, needs_whole
+
+if TYPE_CHECKING:
+    Base = Trainer
+else:
+    Base = object
 
 
-class DeltaTrainer(Trainer):
-    """``transformers.Trainer`` for an adapter: ``DeltaTrainer(delta, args=..., train_dataset=...)``.
+class DeltaTrainerMixin(Base):
+    """What a subclass of ``transformers.Trainer`` needs for an adapter: its procedure, its groups, its checkpoints.
 
-    Checkpoints hold the adapter with what its training needs, never the base; resuming from one continues as if
-    nothing had happened. ``save_model`` writes the adapter alone.
+    The first argument is the adapter; all others are those of the trainer, without its model. Checkpoints hold the
+    adapter with what its training needs, never the base; resuming from one continues as if nothing had happened.
+    ``save_model`` writes the adapter alone. A trainer that compares with a reference model gets the model itself
+    with the adapter disabled. Raises UserError for arguments that make no sense with an adapter.
     """
 
-    def __init__(self, delta: Delta, args: Any = None, **options: Any) -> None:
-        super().__init__(delta.model, args, **options)
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise UserError(
-                "DeltaTrainer saves adapters of whole models: FSDP and DeepSpeed shard them, leave them out"
-            )
+    def __init__(self, delta: Delta, *args: Any, **options: Any) -> None:
         self.delta = delta
+        bound = inspect.signature(super().__init__).bind_partial(delta.model, *args, **options)
+        if bound.arguments.get("peft_config") is not None:
+            raise UserError("the adapter is trained, so there is nothing to do for peft_config: leave it out")
+        if "ref_model" in bound.signature.parameters and bound.arguments.get("ref_model") is None:
+            bound.arguments["ref_model"] = Reference(delta)
+        with _as_it_is(delta):
+            super().__init__(*bound.args, **bound.kwargs)
+        if getattr(self.args, "sync_ref_model", False) and isinstance(getattr(self, "ref_model", None), Reference):
+            raise UserError("sync_ref_model updates a second model: pass it as ref_model=, or leave sync_ref_model out")
+        if self.is_fsdp_enabled:
+            self._prepare_sharding()
         self.add_callback(_Clock(self))
         kind: Any = self.args.gradient_checkpointing_kwargs or {}
         if self.args.gradient_checkpointing and kind.get("use_reentrant"):
             # the reentrant kind gives no gradient where no input of a block asks for one
             delta.model.enable_input_require_grads()  # type: ignore[operator]
+
+    def _prepare_sharding(self) -> None:
+        plugin = self.accelerator.state.fsdp_plugin
+        if plugin.fsdp_version != 2:
+            raise UserError("adapters are trained with FSDP2, and this is FSDP1: set fsdp_version=2")
+        if self.label_smoother is not None:
+            raise UserError(
+                "transformers does not know a model that FSDP2 has sharded as a language model, and would smooth the "
+                "labels of the wrong tokens: leave label_smoothing_factor out"
+            )
+        self.replicated = needs_whole(self.delta)
+        if self.replicated:
+            keep_whole(self.delta, plugin)
+
+    @property
+    def team(self) -> Team:
+        """The processes of this run."""
+        return Team(self.args.process_index, self.args.world_size, self.args.device)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """An optimizer over the adapter's groups, after the procedure has begun. Raises UserError for odd kinds."""
@@ -50,28 +96,21 @@ class DeltaTrainer(Trainer):
         return self.optimizer
 
     def _begin(self) -> None:
-        trainer = self
-
-        class Singles:
-            def __iter__(self) -> Any:
-                collate, data = trainer.data_collator, trainer.train_dataset
-                return (trainer._prepare_inputs(collate([data[index]])) for index in range(len(data)))  # type: ignore
+        loss_of_trainer = super().compute_loss
 
         def loss_of(model: Any, batch: Any) -> Tensor:
             with self.compute_loss_context_manager():
-                loss = Trainer.compute_loss(self, model, self._prepare_inputs(batch))
+                loss = loss_of_trainer(model, self._prepare_inputs(batch))
             assert isinstance(loss, Tensor)
             return loss
 
         with torch.random.fork_rng():  # the data order is the same with and without calibration
-            self.delta.procedure.begin(
-                Run(self.state.max_steps, self.get_train_dataloader(), loss_of, one_by_one=Singles())
-            )
+            self.delta.procedure.begin(Run(self.state.max_steps, _Batches(self), loss_of, one_by_one=_Singles(self)))
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The model's loss; in training with the procedure's own terms, averaged over accumulation steps."""
+        """The trainer's loss; in training with the procedure's own terms, averaged over accumulation steps."""
         result: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not model.training:
             return result
@@ -83,16 +122,42 @@ class DeltaTrainer(Trainer):
 
     def _is_scaled(self, num_items_in_batch: Any) -> bool:
         """Whether the loss of a batch is its share of an accumulated one already (as in ``training_step``)."""
+        said = getattr(self, "loss_is_scaled_for_ga", None)
         accepts = self.model_accepts_loss_kwargs and num_items_in_batch is not None
-        return accepts or self.compute_loss_func is not None
+        return accepts or self.compute_loss_func is not None if said is None else bool(said)
+
+    def training_step(self, *args: Any, **options: Any) -> Tensor:
+        """One pass forward and backward; a whole adapter beside a sharded base gets the mean of the gradients."""
+        loss = super().training_step(*args, **options)
+        if self.replicated and self.accelerator.sync_gradients:
+            self.team.average(self.delta.parameters())
+        return loss
+
+    replicated = False  # the adapter is whole in every process, though FSDP2 shards the base
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter; in a checkpoint with the state of its training."""
-        if self.args.should_save:
-            folder = output_dir or str(self.args.output_dir)
+        folder = output_dir or str(self.args.output_dir)
+        if self.args.should_save or is_sharded(self.delta):  # all processes have a part of a sharded one
             self.delta.save(folder, training=_internal_call)
-            if self.processing_class is not None and not _internal_call:
-                self.processing_class.save_pretrained(folder)
+        if _internal_call:
+            return
+        if self.args.should_save and self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+        if self.args.push_to_hub:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        from accelerate.utils import save_fsdp_optimizer
+
+        # without the sharded base, which transformers would write beside it
+        plugin = self.accelerator.state.fsdp_plugin
+        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         resume(self.delta, resume_from_checkpoint)
@@ -102,10 +167,56 @@ class DeltaTrainer(Trainer):
             resume(self.delta, self.state.best_model_checkpoint)
 
 
+class DeltaTrainer(DeltaTrainerMixin, Trainer):
+    """``transformers.Trainer`` for an adapter: ``DeltaTrainer(delta, args=..., train_dataset=...)``."""
+
+
+@contextmanager
+def _as_it_is(delta: Delta) -> Iterator[None]:
+    """What trainers do to adapters that they do not know, undone: masters stay float32, a quantized base may train."""
+    masters = [(parameter, parameter.data) for parameter in delta.parameters()]
+    mark = "_hf_peft_config_loaded"  # without it transformers trains no quantized model
+    before = delta.model.__dict__.get(mark)
+    setattr(delta.model, mark, True)
+    try:
+        yield
+    finally:
+        delattr(delta.model, mark)
+        if before is not None:
+            setattr(delta.model, mark, before)
+    for parameter, values in masters:
+        if parameter.dtype != values.dtype:
+            parameter.data = values.to(parameter.device)
+
+
+class _Batches:
+    """The training batches; where several processes share the work, those of the first one, in all of them."""
+
+    def __init__(self, trainer: DeltaTrainerMixin) -> None:
+        self.trainer = trainer
+
+    def __iter__(self) -> Iterator[Any]:
+        team = self.trainer.team
+        for batch in self.trainer.get_train_dataloader():
+            yield team.of_main(lambda batch=batch: batch)  # type: ignore[misc]
+
+
+class _Singles:
+    """The training examples as batches of one."""
+
+    def __init__(self, trainer: DeltaTrainerMixin) -> None:
+        self.trainer = trainer
+
+    def __iter__(self) -> Iterator[Any]:
+        trainer, data = self.trainer, self.trainer.train_dataset
+        assert data is not None
+        return (trainer._prepare_inputs(trainer.data_collator([data[index]])) for index in range(len(data)))
+
+
 class _Clock(TrainerCallback):
     """Calls the procedure's hooks at the Trainer's moments."""
 
-    def __init__(self, trainer: DeltaTrainer) -> None:
+    def __init__(self, trainer: DeltaTrainerMixin) -> None:
         self.trainer = trainer
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -116,6 +227,10 @@ class _Clock(TrainerCallback):
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if not self.trainer.accelerator.optimizer_step_was_skipped:  # by a loss scaler, for an overflow
             self.trainer.delta.procedure.stepped()
+
+    def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if not is_sharded(self.trainer.delta):
+            self.trainer.team.check(self.trainer.delta)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.trainer.delta.procedure.end()
