@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import re
+import statistics
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -388,6 +389,11 @@ def test_records_and_table_can_be_taken_from_the_page() -> None:
         assert (row["test_accuracy"] == "") is lost
         if record.test is not None:
             assert float(row["test_accuracy"]) == record.test.score
+            assert float(row["rank_of_change"]) == 15.5  # the median of 16 and 15
+            scores = [each["test_accuracy"] for each in rows if each["spec"] == row["spec"]]
+            mean = statistics.fmean(float(score) for score in scores if score)
+            assert float(row["ppt"]) == pytest.approx(ppt(mean, record.counts.trainable))
+            assert 0 < float(row["pscp"]) < mean
     formula = page([a_record(name="=1+1", method="=1+1")]).embedded("exports")[0]["csv"]
     assert "'=1+1" in formula
 

@@ -19,6 +19,8 @@ _PROPORTIONS = {
     "macro_f1",
     "micro_f1",
     "exact_match",
+    "last_number",
+    "rouge_l",
     "precision",
     "recall",
     "auroc",

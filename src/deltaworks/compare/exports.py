@@ -3,9 +3,11 @@
 import csv
 import io
 import re
+import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from deltaworks.compare.scalars import ppt_of, pscp_of
 from deltaworks.compare.standings import Comparison, Entry, score_of
 from deltaworks.store.records import Record
 
@@ -26,6 +28,7 @@ _COLUMNS: dict[str, Callable[[Record], Any]] = {
     "rates_tried": lambda run: len(run.learning_rates),
     "steps": lambda run: run.steps,
     "batch_size": lambda run: run.batch_size,
+    "rank_of_change": lambda run: statistics.median([role.median for role in run.rank.values()]) if run.rank else None,
     "forgetting": lambda run: run.forgetting,
     "merge_error": lambda run: run.merge_error,
     "model": lambda run: run.model.id,
@@ -46,7 +49,8 @@ def as_csv(comparison: Comparison) -> str:
     """A heading and a row for each run, numbers in full."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["method", "spec", "rank", f"{comparison.split}_{comparison.metric}", *_COLUMNS])
+    score = f"{comparison.split}_{comparison.metric}"
+    writer.writerow(["method", "spec", "rank", "ppt", "pscp", score, *_COLUMNS])  # the first five are of all its seeds
     for entry in comparison.entries:
         for run in sorted([*entry.runs, *entry.unfinished], key=lambda run: run.seed):
             writer.writerow([_safe(value) for value in _row(comparison, entry, run)])
@@ -55,7 +59,8 @@ def as_csv(comparison: Comparison) -> str:
 
 def _row(comparison: Comparison, entry: Entry, run: Record) -> Sequence[Any]:
     score = score_of(run, comparison.split) if run.status == "finished" else None
-    return [entry.label, run.method, comparison.rank(entry), score, *(value(run) for value in _COLUMNS.values())]
+    of_all = [entry.label, run.method, comparison.rank(entry), ppt_of(entry), pscp_of(comparison, entry)]
+    return [*of_all, score, *(value(run) for value in _COLUMNS.values())]
 
 
 def _safe(value: Any) -> Any:

@@ -5,6 +5,8 @@ They are defined for scores in [0, 1] of which more is better.
 
 import math
 
+from deltaworks.compare.standings import Comparison, Entry
+
 # what the paper divides by, taken per parameter and per base inference of its 8-billion-parameter model:
 # 5e8 trainable parameters, 94 GB of memory, and 10e12 operations beside the model's own 8.38e12
 _PSCP_MODEL = 8.03e9
@@ -42,3 +44,20 @@ def pscp(score: float, trainable: float, parameters: float, memory_bytes: float,
         1 + memory_bytes / (_PSCP_BYTES * parameters),
     )
     return score / math.prod(penalties)
+
+
+def ppt_of(entry: Entry) -> float | None:
+    """PPT of a method; None where its score is no share of 1 of which more is better."""
+    if entry.score is None or not (entry.is_proportion and entry.higher_is_better):
+        return None
+    return ppt(entry.score, entry.any_run.counts.trainable)
+
+
+def pscp_of(comparison: Comparison, entry: Entry) -> float | None:
+    """PSCP of a method, as ``ppt_of``; None, too, where memory or the speeds of inference are not known."""
+    memory, speed, base = entry.peak_memory_bytes, entry.inference_samples_per_second, comparison.base_inference_speed
+    run = entry.any_run
+    if ppt_of(entry) is None or memory is None or not speed or base is None or not run.model.parameters:
+        return None
+    slowdown = max(1.0, base / speed)
+    return pscp(entry.score or 0.0, run.counts.trainable, run.model.parameters, memory, slowdown)

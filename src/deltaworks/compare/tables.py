@@ -11,7 +11,7 @@ from itertools import groupby
 
 from deltaworks.compare.colours import Look
 from deltaworks.compare.pictures import ticks
-from deltaworks.compare.scalars import ppt, pscp
+from deltaworks.compare.scalars import ppt_of, pscp_of
 from deltaworks.compare.standings import Comparison, Entry
 from deltaworks.compare.wording import scientific, show_bytes, show_count, show_seconds, show_share, three_digits
 
@@ -161,7 +161,7 @@ def columns(comparison: Comparison) -> list[Column]:
         Column(
             "PPT",
             "score × exp(-log10(trainable / 1e7 + 1)): V-PEFT Bench, arXiv:2402.02242",
-            lambda entry: _scalar(entry, lambda score: ppt(score, entry.any_run.counts.trainable)),
+            lambda entry: _measured(ppt_of(entry), lambda value: f"{value:.3f}"),
             "descending",
             "higher",
             more=True,
@@ -171,7 +171,7 @@ def columns(comparison: Comparison) -> list[Column]:
             "score ÷ (1 + trainable / 6.2 % of the model) (1 + slowdown of inference / 119 %) (1 + memory / 11.7 bytes "
             "for each parameter): PEFT-Bench, arXiv:2511.21285, in our reading: its constants, made for models of "
             "8 billion parameters, scaled to the size of this one; the slowdown is over the frozen model",
-            lambda entry: _pscp(comparison, entry),
+            lambda entry: _measured(pscp_of(comparison, entry), lambda value: f"{value:.3f}"),
             "descending",
             "higher",
             more=True,
@@ -297,23 +297,6 @@ def _seeds(entry: Entry) -> Cell:
     spread = entry.deviation
     note = "" if spread is None else f"sd {100 * spread:.1f}" if entry.is_proportion else f"sd {spread:.2g}"
     return Cell(str(finished) if finished == all_runs else f"{finished} of {all_runs}", finished, note)
-
-
-def _scalar(entry: Entry, discount: Callable[[float], float]) -> Cell:
-    """A discounted score, where the score is a share of 1 of which more is better."""
-    if entry.score is None or not (entry.is_proportion and entry.higher_is_better):
-        return Cell("–")
-    return _measured(discount(entry.score), lambda value: f"{value:.3f}")
-
-
-def _pscp(comparison: Comparison, entry: Entry) -> Cell:
-    memory, speed, base = entry.peak_memory_bytes, entry.inference_samples_per_second, comparison.base_inference_speed
-    run = entry.any_run
-    if memory is None or not speed or base is None or not run.model.parameters:
-        return Cell("–")
-    return _scalar(
-        entry, lambda score: pscp(score, run.counts.trainable, run.model.parameters, memory, max(1.0, base / speed))
-    )
 
 
 def _mark_best(rows: Sequence[Row], shown_columns: Sequence[Column]) -> None:
