@@ -40,8 +40,9 @@ from deltaworks.core.errors import UserError
 from deltaworks.core.forms import Replacement
 from deltaworks.core.procedure import Run
 from deltaworks.core.registry import registry
+from deltaworks.store.records import versions
 from deltaworks.train import models
-from deltaworks.train.measure import hardware, versions
+from deltaworks.train.measure import hardware
 
 RESULTS = Path(__file__).parent / "results"
 BERT = {"model_type": "bert", "vocab_size": 30522, "max_position_embeddings": 512, "type_vocab_size": 2}

@@ -19,7 +19,7 @@ from deltaworks import cli
 from deltaworks.store.records import read_record
 
 Call = Callable[..., tuple[int, str, str]]
-COMMANDS = ("methods", "anatomy", "tune", "compare", "advise", "info", "merge")
+COMMANDS = ("methods", "anatomy", "tune", "compare", "advise", "info", "merge", "push")
 
 
 @pytest.fixture
@@ -189,6 +189,7 @@ def test_merging_what_cannot_be_merged_says_why(call: Call, recipe: Path, tmp_pa
         (["compare", "seed=3"], "use --methods, --seeds and --out"),
         (["info", "nowhere"], "there is no adapter folder 'nowhere'"),
         (["merge", "nowhere", "--out", "x"], "'nowhere' has no record.json"),
+        (["push", "nowhere", "user/name"], "'nowhere' holds no adapter to push"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(

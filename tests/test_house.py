@@ -27,8 +27,8 @@ BELOW: dict[str, set[str]] = {
     "compare": {"core", "store", "train"},
     "advise": {"core", "store", "train", "compare"},
 }
-# the handle is the front door to saving: `Delta.save` fetches the format when it is called, from this module only
-LAZY = (f"{PACKAGE}/core/delta.py", "save", f"{PACKAGE}.store.checkpoint")
+# the front door to files: these functions of the handle fetch the formats when they are called
+LAZY = (f"{PACKAGE}/core/delta.py", ("attach", "save", "push_to_hub"), f"{PACKAGE}.store")
 
 YEAR = re.compile(r"(?<!arXiv:)\b(?:19|20)\d\d\b(?!\.\d)")
 HOME = re.compile(r"(?<![\w.~/-])/(?:home|Users)/\w")
@@ -140,7 +140,7 @@ def arrows_up(name: str, text: str) -> list[str]:
         to = rest.partition(".")[0]
         if top != PACKAGE or to in BELOW[package]:
             continue
-        if (name, function) == LAZY[:2] and target.startswith(LAZY[2] + "."):
+        if name == LAZY[0] and function in LAZY[1] and target.startswith(LAZY[2] + "."):
             continue
         # a method may use what lies beside it; one that is made of others (a hybrid, or by `parts`) any method
         beside = target.startswith(".".join(folder) + ".")

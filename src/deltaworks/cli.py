@@ -189,11 +189,12 @@ def advise(
 
 
 @command("deltaworks info runs/lora")
-def info(adapter: Annotated[Path, typer.Argument(help="a folder that holds adapter.json")]) -> None:
+def info(adapter: Annotated[str, typer.Argument(help="a folder that holds an adapter, or its id on the Hub")]) -> None:
     """Say what a saved adapter is, without loading its base."""
     from deltaworks.listing import print_adapter
+    from deltaworks.store.hub import located
 
-    print_adapter(adapter)
+    print_adapter(located(adapter))
 
 
 @command("deltaworks merge runs/lora --out merged")
@@ -206,6 +207,19 @@ def merge(
     from deltaworks.train.tune import merge as run
 
     run(adapter, out, model)
+
+
+@command("deltaworks push runs/lora user/name")
+def push(
+    adapter: Annotated[Path, typer.Argument(help="a folder written by deltaworks tune, or by save")],
+    repo_id: Annotated[str, typer.Argument(help="user/name on the Hugging Face Hub; made where it is missing")],
+    private: Annotated[bool | None, typer.Option("--private", help="where it is made, make it private")] = None,
+    revision: Annotated[str | None, typer.Option(help="the branch to push to; default: main")] = None,
+) -> None:
+    """Upload an adapter, its model card, record and recipe to the Hugging Face Hub."""
+    from deltaworks.store.hub import push as run
+
+    print(run(adapter, repo_id, private=private, revision=revision))
 
 
 def main() -> None:

@@ -91,7 +91,8 @@ def on_hub(source: str) -> Any:
     """The configuration of a model on the Hub: its only file that is read."""
     from transformers import AutoConfig
 
-    from deltaworks.train.hub import HUB_ID, cached_model, hub_is_reachable
+    from deltaworks.store.hub import HUB_ID, hub_is_reachable
+    from deltaworks.train.hub import cached_model
 
     if source.startswith((".", "/", "~")) or not HUB_ID.fullmatch(source):
         raise UserError(f"the model folder {source} does not exist; check the path")

@@ -356,6 +356,15 @@ class Delta:
         with whole(self) as writes:
             return save(self, folder, training=training) if writes else Path(folder)
 
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Save the adapter with a model card to ``"user/name"`` on the Hugging Face Hub; returns the address.
+
+        ``options`` are those of ``store.hub.push``: ``private``, ``token``, ``revision``, ``commit_message``.
+        """
+        from deltaworks.store.hub import push_delta
+
+        return push_delta(self, repo_id, **options)
+
     def __repr__(self) -> str:
         state = "merged" if self.merged else "acting" if self.name in self.board.active else "resting"
         sites = f"{len(self.attached)} sites, {state}"

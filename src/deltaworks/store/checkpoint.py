@@ -20,6 +20,7 @@ from deltaworks.core.errors import UserError
 from deltaworks.core.registry import as_data, from_data
 from deltaworks.core.sharding import whole
 from deltaworks.store.files import check_writable, read_json, write_atomically
+from deltaworks.store.hub import located
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -120,12 +121,21 @@ def read_tensors(folder: str | Path, manifest: Mapping[str, Any]) -> dict[str, T
         raise UserError(f"{str(path)!r} is not a safetensors file ({error})") from None
 
 
-def load(model: nn.Module, folder: str | Path, *, name: str | None = None, any_base: bool = False) -> Delta:
+def load(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    name: str | None = None,
+    any_base: bool = False,
+    revision: str | None = None,
+) -> Delta:
     """Attach a saved adapter to its base model. Strict: every tensor must have its place, and all places a tensor.
 
+    ``folder`` is a path of this machine, or an id on the Hugging Face Hub ("user/name") with its ``revision``.
     ``any_base`` skips the comparison with the base that it was trained on. Raises UserError, and leaves the model
     as it was, for anything that does not fit.
     """
+    folder = located(folder, revision)
     manifest = read_manifest(folder)
     tensors = read_tensors(folder, manifest)
     config = from_data(manifest["methods"])

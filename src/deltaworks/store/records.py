@@ -4,7 +4,9 @@ import hashlib
 import json
 import math
 import os
+import platform
 from collections.abc import Mapping
+from importlib import metadata
 from operator import mul
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,6 +18,7 @@ from deltaworks.store.files import read_json, write_atomically
 
 FORMAT = "deltaworks.record"
 SCHEMA_VERSION = 1
+PACKAGES = ("deltaworks", "torch", "transformers", "tokenizers", "safetensors", "numpy")
 
 Status = Literal["finished", "diverged", "failed", "interrupted"]
 
@@ -245,6 +248,17 @@ class Record(_Part):
         text = json.dumps(checked.model_dump(mode="json"), indent=1, ensure_ascii=False, allow_nan=False)
         write_atomically(path, text + "\n")
         return path
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that decide results."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def _canonical(value: Any) -> Any:

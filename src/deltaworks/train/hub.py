@@ -1,37 +1,12 @@
 """Data sets and models of the Hugging Face Hub, and what to say when it cannot be reached."""
 
-import os
-import re
-import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from deltaworks.core.errors import UserError
+from deltaworks.store.hub import hub_is_reachable
 from deltaworks.train.files import SPLIT_NAMES, Row, Table
-
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
-CONNECT_SECONDS = 3.0
-
-
-def hub_is_reachable() -> bool:
-    """Whether a connection to the Hub opens within 3 seconds.
-
-    The Hub's own clients retry for most of a minute before they give up; asking first lets them look into
-    the local cache at once. Behind a proxy only the client can know: True.
-    """
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
-        return False
-    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
-        return True
-    address = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
-    port = address.port or (80 if address.scheme == "http" else 443)
-    try:
-        socket.create_connection((address.hostname or "", port), timeout=CONNECT_SECONDS).close()
-    except OSError:
-        return False
-    return True
 
 
 def cached_model(name: str) -> Path | None:

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from deltaworks.store.records import Record, Trial, Validation
+from deltaworks.store.records import Record, Trial, Validation, versions
 from deltaworks.train import measure
 from deltaworks.train.data import Data
 from deltaworks.train.devices import Team
@@ -60,7 +60,7 @@ def train(
             "process_peak_bytes": measure.process_peak_bytes(),
             "details": best.details,
             "hardware": measure.hardware(stage.device) + stage.team.words,
-            "versions": measure.versions(),
+            "versions": versions(),
             "started": began,
         }
         if best.diverged:

@@ -1,4 +1,4 @@
-"""What a run costs, measured: memory, activations, hardware, versions, and the error of merging."""
+"""What a run costs, measured: memory, activations, hardware, and the error of merging."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,6 @@ from torch.utils._pytree import tree_leaves
 
 from deltaworks.core.delta import Delta
 from deltaworks.core.errors import UserError
-
-PACKAGES = ("deltaworks", "torch", "transformers", "tokenizers", "safetensors", "numpy")
 
 INCLUDES_TENSORS = (
     "bytes of all tensors at the peak of a training step on the longest batch: base weights, adapter, gradients, "
@@ -153,17 +150,6 @@ def hardware(device: torch.device) -> str:
         found = torch.cuda.get_device_properties(device)
         text = f"{found.name}, {found.total_memory / 1e9:.0f} GB; {text}"
     return text
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that decide results."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def folder_bytes(folder: str | Path) -> int:

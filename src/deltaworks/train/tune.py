@@ -13,7 +13,9 @@ from torch import nn
 from deltaworks.core.errors import UserError
 from deltaworks.store.checkpoint import load
 from deltaworks.store.files import check_writable, replacing, write_atomically
+from deltaworks.store.hub import CARD
 from deltaworks.store.records import Record, read_record
+from deltaworks.train.card import card_of_run
 from deltaworks.train.devices import join
 from deltaworks.train.examine import output_of
 from deltaworks.train.loop import train
@@ -22,7 +24,7 @@ from deltaworks.train.recipe import Recipe, read_recipe
 from deltaworks.train.stage import Stage, read_data
 from deltaworks.train.tasks import make_task
 
-RECORD, RECIPE, CARD = "record.json", "recipe.yaml", "README.md"
+RECORD, RECIPE = "record.json", "recipe.yaml"
 
 
 def tune(recipe: Recipe) -> Record:
@@ -69,40 +71,7 @@ def _write(folder: Path, recipe: Recipe, record: Record) -> None:
     write_atomically(folder / RECORD, text + "\n")
     chosen = recipe.model_dump(exclude_none=True, exclude={"out"})
     write_atomically(folder / RECIPE, yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True))
-    write_atomically(folder / CARD, card(recipe, record))
-
-
-def card(recipe: Recipe, record: Record) -> str:
-    """The model card: front matter that hubs read, then what it is, how it was trained, how to use it."""
-    front = {
-        "library_name": "deltaworks",
-        "base_model": recipe.model,
-        "datasets": [recipe.data],
-        "tags": ["deltaworks", "peft", record.method.partition("[")[0]],
-    }
-    test = record.test
-    score = "none" if test is None or test.score is None else f"{test.metric} {test.score:.4f}"
-    rate = "none" if record.learning_rate is None else f"{record.learning_rate:g}"
-    tried = len(record.learning_rates)
-    also = ", ".join(record.data.labels[:8]) + (", ..." if len(record.data.labels) > 8 else "")
-    rows = {
-        "method": f"`{record.method}` ({record.paper})",
-        "base": f"{record.model.id}, {record.model.parameters:,} parameters",
-        "data": f"{record.data.name} ({record.data.task}), {record.data.sizes}",
-        "classes": also or "none",
-        "trained": f"{record.counts.trainable:,} values and a head of {record.counts.head:,}",
-        "training": f"{record.steps} steps of {record.batch_size}, rate {rate} ({tried} tried), seed {record.seed}",
-        "test": score,
-        "status": record.status + (f": {record.message}" if record.message else ""),
-    }
-    table = "\n".join(f"| {key} | {text} |" for key, text in rows.items())
-    return (
-        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {record.method} on {record.model.id}\n\n"
-        f"| | |\n|---|---|\n{table}\n\n"
-        "```python\nimport deltaworks as dw\n\n# model: the base, with a head for the same classes in the same order\n"
-        'delta = dw.load(model, "this-folder")\n```\n\n'
-        "The whole recipe is in `recipe.yaml`, every measurement in `record.json`.\n"
-    )
+    write_atomically(folder / CARD, card_of_run(recipe, record, folder))
 
 
 def base_of(adapter: Path, source: str | None) -> tuple[Recipe, Record, Loaded]:
