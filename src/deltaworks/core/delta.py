@@ -31,7 +31,7 @@ from deltaworks.core.wrapping import unwrap, wrap
 
 def attach(
     model: nn.Module,
-    method: str | Config,
+    method: str | Config | Any,
     *,
     name: str = "default",
     also: Sequence[str] | str = (),
@@ -40,11 +40,17 @@ def attach(
 ) -> Delta:
     """Put an adapter around operations of ``model``, which stays the same object, changed in place.
 
-    ``method`` is a name, a composition string or a configuration; ``options`` are its options. ``also`` are
+    ``method`` is a name, a composition string or a configuration, also one of huggingface/peft (an object or the
+    content of its ``adapter_config.json``); ``options`` are its options. ``also`` are
     targets that are trained in full and saved with the adapter (a fresh classifier). ``seed`` decides all that
     is random. The base is frozen, the new adapter is the one that acts. Returns its handle. Raises UserError for
     an unknown method, option or target, before anything is changed.
     """
+    if not isinstance(method, str | Config):
+        from deltaworks.store.foreign import translator  # the front door takes other libraries' configurations too
+
+        method, more, seed = translator(method).translated(model, method, seed)
+        also = [*([also] if isinstance(also, str) else also), *more]
     config = configure(method, **options)
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
         raise UserError(f"an adapter's name is made of letters, digits, '-' and '_', unlike {name!r}")
@@ -346,15 +352,20 @@ class Delta:
         with self.board.fitted([self.name]):
             return report(self, ranks=ranks)
 
-    def save(self, folder: str | Path, *, training: bool = False) -> Path:
+    def save(
+        self, folder: str | Path, *, training: bool = False, format: str = "deltaworks", rank: int | None = None
+    ) -> Path:
         """Write the adapter into ``folder`` as safetensors and JSON; a crash leaves the old or the new one.
 
-        Where processes hold shards of it, every one of them must call this; the first one writes.
+        ``format`` is ours or another library's, such as "peft" (see ``store.foreign``); there ``rank`` allows to cut
+        the change to a LoRA of that rank, which says its error. ``training`` keeps, in our format, what only further
+        training needs. Raises UserError for what the format cannot express. Where processes hold shards of it, every
+        one of them must call this; the first one writes.
         """
-        from deltaworks.store.checkpoint import save  # the handle is the front door; the format lives in store
+        from deltaworks.store.checkpoint import save  # the handle is the front door; the formats live in store
 
         with whole(self) as writes:
-            return save(self, folder, training=training) if writes else Path(folder)
+            return save(self, folder, training=training, format=format, rank=rank) if writes else Path(folder)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Save the adapter with a model card to ``"user/name"`` on the Hugging Face Hub; returns the address.

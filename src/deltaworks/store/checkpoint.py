@@ -19,6 +19,7 @@ from deltaworks.core.delta import Delta, attach
 from deltaworks.core.errors import UserError
 from deltaworks.core.registry import as_data, from_data
 from deltaworks.core.sharding import whole
+from deltaworks.store import foreign
 from deltaworks.store.files import check_writable, read_json, write_atomically
 from deltaworks.store.hub import located
 
@@ -49,11 +50,23 @@ PROPER: dict[str, Callable[[Any], bool]] = {
 """What the keys of a manifest must hold."""
 
 
-def save(delta: Delta, folder: str | Path, *, training: bool = False) -> Path:
-    """Write an adapter. ``training`` also keeps what only further training needs. Raises UserError for a bad path."""
+def save(
+    delta: Delta, folder: str | Path, *, training: bool = False, format: str = "deltaworks", rank: int | None = None
+) -> Path:
+    """Write an adapter. ``training`` also keeps what only further training needs. Raises UserError for a bad path.
+
+    Other formats are those of ``store.foreign``; there ``rank`` allows to cut the change to a LoRA of that rank.
+    """
     from safetensors.torch import save as serialize
 
     folder = Path(folder)
+    if format != "deltaworks":
+        if training:
+            raise UserError(f"the state of a training is kept in our own format alone: save it without {format=}")
+        foreign.module_of(format, "write").write(delta, folder, rank)
+        return folder
+    if rank is not None:
+        raise UserError("rank cuts an adapter for another format: give format='peft' with it")
     check_writable(folder)
     tensors = {key: value.detach().cpu().contiguous() for key, value in delta.tensors(training=training).items()}
     for key, value in tensors.items():
@@ -132,10 +145,12 @@ def load(
     """Attach a saved adapter to its base model. Strict: every tensor must have its place, and all places a tensor.
 
     ``folder`` is a path of this machine, or an id on the Hugging Face Hub ("user/name") with its ``revision``.
-    ``any_base`` skips the comparison with the base that it was trained on. Raises UserError, and leaves the model
-    as it was, for anything that does not fit.
+    Formats of other libraries are recognised (see ``store.foreign``). ``any_base`` skips the comparison with the base
+    that it was trained on. Raises UserError, and leaves the model as it was, for anything that does not fit.
     """
     folder = located(folder, revision)
+    if not (folder / MANIFEST).is_file() and (format := foreign.recognised(folder)) is not None:
+        return format.read(model, folder, name or "default")
     manifest = read_manifest(folder)
     tensors = read_tensors(folder, manifest)
     config = from_data(manifest["methods"])

@@ -1,0 +1,102 @@
+"""Checkpoints of huggingface/peft 0.21: ``adapter_config.json`` beside ``adapter_model.safetensors``.
+
+The methods are the rows of ``peft_types.TYPES``. Patterns that give modules a rank of their own become members of a
+composition; trained biases become ``bitfit``; ``modules_to_save`` is our ``also``. An adapter whose method peft has
+not is written as LoRA: exactly where its change is low-rank factors, else cut to a rank, with the error said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from deltaworks.core.delta import Delta, attach
+from deltaworks.core.errors import UserError
+from deltaworks.core.registry import Config
+from deltaworks.store.files import check_writable, read_json
+from deltaworks.store.foreign import lost
+from deltaworks.store.foreign.peft_config import STARTS, Plan, as_plain, plan, row_of, usual_targets
+from deltaworks.store.foreign.peft_slots import PREFIX, slots, without_repeated
+from deltaworks.store.foreign.peft_written import written
+from deltaworks.store.foreign.tensors import check_fit, read_tensors, write_json, write_tensors
+
+CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+
+
+def recognises(folder: Path) -> bool:
+    return (folder / CONFIG).is_file()
+
+
+def understands(spec: Any) -> bool:
+    """Whether this is a configuration object of peft, or the content of an ``adapter_config.json``."""
+    return (isinstance(spec, Mapping) and "peft_type" in spec) or (
+        hasattr(spec, "peft_type") and hasattr(spec, "to_dict")
+    )
+
+
+def translated(model: nn.Module, spec: Any, seed: int) -> tuple[Config, list[str], int]:
+    """What to attach for a configuration of theirs: configuration, ``also``, seed. Raises UserError."""
+    data = as_plain(spec)
+    row = row_of(data)
+    start = next((data[name] for name in STARTS if name in data), True)
+    if start == "gaussian":
+        lost("init_lora_weights='gaussian': here A starts uniform, as nn.Linear does")
+    elif start not in row.starts:
+        raise UserError(f"peft's start {start!r} is not held for {row.peft}: choose one of {row.starts}")
+    if data.get("target_modules") is None and not row.whole:
+        data["target_modules"] = usual_targets(model, row)
+    made = plan(data, model, fresh=True)
+    return made.config, made.also, seed if made.seed is None else made.seed
+
+
+def read(model: nn.Module, folder: Path, name: str) -> Delta:
+    """Attach a checkpoint of peft. Raises UserError that lists what is missing, extra or misshapen."""
+    data = read_json(folder / CONFIG)
+    if not isinstance(data, dict) or "peft_type" not in data:
+        raise UserError(f"{str(folder / CONFIG)!r} does not name a peft_type: it is no configuration of peft")
+    if not (folder / WEIGHTS).is_file() and (folder / PICKLED).is_file():
+        raise UserError(
+            f"{str(folder / PICKLED)!r} is a pickle, which can run any code and is not read here: load it with peft "
+            "and save it again, as safetensors"
+        )
+    tensors = read_tensors(folder / WEIGHTS)
+    made = plan(data, model, _resized(model, data, tensors))
+    delta = attach(model, made.config, name=name, also=made.also, seed=made.seed or 0)
+    try:
+        _fill(delta, folder / WEIGHTS, made, tensors)
+    except BaseException:
+        delta.detach()
+        raise
+    return delta
+
+
+def _fill(delta: Delta, path: Path, made: Plan, tensors: dict[str, Any]) -> None:
+    places = {slot.theirs: slot for slot in slots(delta, made.row)}
+    tensors = without_repeated(delta, tensors, places)
+    check_fit(path, tensors, {key: slot.shape for key, slot in places.items()})
+    own = delta.tensors()
+    delta.restore({slot.ours: slot.read(tensors[key]) for key, slot in places.items() if slot.ours in own})
+
+
+def _resized(model: nn.Module, data: Mapping[str, Any], tensors: Mapping[str, Any]) -> list[str]:
+    """Embeddings that the file holds as a whole though nothing names them, as peft writes them once resized."""
+    found = []
+    for get in ("get_input_embeddings", "get_output_embeddings"):
+        module = getattr(model, get)() if hasattr(model, get) else None
+        path = (
+            next((path for path, own in model.named_modules() if own is module), None) if module is not None else None
+        )
+        if path is not None and f"{PREFIX}{path}.weight" in tensors:
+            found.append(path)
+    return found
+
+
+def write(delta: Delta, folder: Path, rank: int | None = None) -> None:
+    """Write an adapter as peft does; ``rank`` cuts its change to a LoRA of that rank. Raises UserError."""
+    check_writable(folder)
+    data, tensors = written(delta, rank)
+    write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
+    write_json(folder / CONFIG, data)

@@ -1,0 +1,178 @@
+"""A configuration of huggingface/peft as ours, for one model: which method stands where, with which options."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from enum import Enum
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from deltaworks.core.anatomy import Anatomy, anatomy
+from deltaworks.core.board import board_of
+from deltaworks.core.errors import UserError
+from deltaworks.core.places import Place
+from deltaworks.core.registry import Composition, Config, find
+from deltaworks.store.foreign import lost, targets
+from deltaworks.store.foreign.peft_types import TYPES, Type
+
+COMMON = (
+    "auto_mapping", "base_model_name_or_path", "bias", "exclude_modules", "fan_in_fan_out", "inference_mode",
+    "layers_pattern", "layers_to_transform", "modules_to_save", "peft_type", "peft_version", "revision",
+    "target_modules", "task_type",
+)  # fmt: skip
+"""Fields of every type, which are read here or change no output."""
+STARTS = ("init_lora_weights", "init_ia3_weights", "init_weights")
+"""Fields that choose the values before training."""
+REWRITING = ("olora", "corda", "loftq", "lora_ga", "pissa_niter")
+"""Starts that overwrite the base, which the checkpoint does not hold."""
+EMPTY: tuple[Any, ...] = (None, False, 0, "", "none", [], {})
+
+
+class Plan(NamedTuple):
+    """What a configuration of theirs is for one model."""
+
+    row: Type
+    config: Config
+    also: list[str]
+    seed: int | None
+
+
+def as_plain(spec: Any) -> dict[str, Any]:
+    """The fields of a configuration object, or of a mapping, as JSON data."""
+    data = spec if isinstance(spec, Mapping) else spec.to_dict()
+    return {key: _plain(value) for key, value in data.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, set | frozenset | tuple):
+        return sorted(value) if isinstance(value, set | frozenset) else list(value)
+    return {key: _plain(inner) for key, inner in value.items()} if isinstance(value, Mapping) else value
+
+
+def row_of(data: Mapping[str, Any]) -> Type:
+    """The row of the table that a configuration belongs to. Raises UserError where there is none."""
+    kind = str(data.get("peft_type")).upper()
+    rows = [row for row in TYPES if row.peft == kind]
+    if not rows:
+        held = ", ".join(dict.fromkeys(row.peft for row in TYPES))
+        raise UserError(f"peft's {kind} is no method here: of its types there are {held}")
+    fitting = [row for row in rows if all(data.get(key) == value for key, value in row.says.items())]
+    return max(fitting, key=lambda row: len(row.says))
+
+
+def plan(data: Mapping[str, Any], model: nn.Module, kept: Collection[str] = (), *, fresh: bool = False) -> Plan:
+    """What a configuration means for a model.
+
+    ``kept`` are more modules that are trained in full. A ``fresh`` adapter must name modules that there are; a
+    checkpoint's tensors say that better. Raises UserError for what we do not hold.
+    """
+    row = row_of(data)
+    _check_fields(row, data)
+    found = anatomy_of(model)
+    paths = targets.module_names(model)
+    whole = [*targets.saved_whole(data, paths), *kept]
+    also = [path for path in paths if any(_inside(path, outer) for outer in whole) and _owns(model, path)]
+    members: list[Config] = []
+    chosen: list[str] = []
+    if row.whole:
+        members.append(find(row.method)(**_options(row, data, None)))
+    else:
+        chosen = targets.targeted(data, model, paths)
+        if fresh:
+            targets.check_named(data, chosen, model, paths)
+        members += _members(row, data, model, found, chosen)
+    members += _biases(data, model, found, [path for path in paths if path not in also], chosen)
+    seed = int(data.get(row.seed) or 0) if row.seed else None
+    return Plan(row, members[0] if len(members) == 1 else Composition(members=members), also, seed)
+
+
+def anatomy_of(model: nn.Module) -> Anatomy:
+    """As the adapters that are there already see the model."""
+    board = board_of(model)
+    return next(iter(board.deltas.values())).anatomy if board and board.deltas else anatomy(model)
+
+
+def _check_fields(row: Type, data: Mapping[str, Any]) -> None:
+    known = {*COMMON, *STARTS, *row.idle, *row.says, row.seed}
+    known |= {name for own in row.fields for name in (own.theirs, own.pattern)}
+    start = next((data[name] for name in STARTS if name in data), True)
+    if isinstance(start, str) and start.startswith(REWRITING):
+        raise UserError(
+            f"the start {start!r} overwrote the base, which this adapter does not hold: let peft write it with "
+            "path_initial_model_for_weight_conversion, as a plain LoRA"
+        )
+    for key, value in data.items():
+        if key in known or value in EMPTY:
+            continue
+        if key not in row.training:
+            raise UserError(f"peft's {row.peft} with {key}={value!r} has no counterpart here")
+        lost(f"{key}={value!r} acts in training alone and is not held here")
+
+
+def _members(row: Type, data: Mapping[str, Any], model: nn.Module, found: Anatomy, chosen: list[str]) -> list[Config]:
+    """One configuration for each set of modules that have the same options."""
+    config = find(row.method)
+    kinds = [kind for kind in config.kinds if kind in row.names]
+    places = {place.path: place for place in found.places if place.part is None and place.kind in kinds}
+    if odd := [path for path in chosen if path not in places]:
+        what = type(model.get_submodule(odd[0])).__name__
+        raise UserError(f"peft's {row.peft} at {odd[0]!r} ({what}) has no counterpart here ({len(odd)} such modules)")
+    if not chosen:
+        raise UserError(f"target_modules={data.get('target_modules')!r} names no module of {type(model).__name__}")
+    groups: dict[str, tuple[dict[str, Any], list[str]]] = {}
+    for path in chosen:
+        options = _options(row, data, places[path])
+        groups.setdefault(json.dumps(options, sort_keys=True), (options, []))[1].append(path)
+    return [config(targets=targets.expression(found, own, kinds), **options) for options, own in groups.values()]
+
+
+def _options(row: Type, data: Mapping[str, Any], place: Place | None) -> dict[str, Any]:
+    """Our options for one module: the general ones, what a pattern says of it, and what the row adds."""
+    options = {}
+    for own in row.fields:
+        value = data.get(own.theirs, own.default)
+        if place is not None and own.pattern:
+            value = targets.patterned(data.get(own.pattern) or {}, place.path, value)
+        options[own.ours] = own.read(value)
+    return options | row.site(data, place)
+
+
+def _biases(
+    data: Mapping[str, Any], model: nn.Module, found: Anatomy, paths: list[str], chosen: list[str]
+) -> list[Config]:
+    """The method that trains the biases which ``bias`` names, if there are any."""
+    which = data.get("bias") or "none"
+    if which == "none":
+        return []
+    config = find("bitfit")
+    kinds = {place.path: place for place in found.places if place.kind in config.kinds and place.role != "head"}
+    own = [
+        path
+        for path in (paths if which == "all" else chosen)
+        if path in kinds and model.get_submodule(path)._parameters.get("bias") is not None
+    ]
+    return [config(targets=targets.expression(found, own, config.kinds))] if own else []
+
+
+def _inside(path: str, outer: str) -> bool:
+    return path == outer or path.startswith(f"{outer}.")
+
+
+def _owns(model: nn.Module, path: str) -> bool:
+    return any(parameter is not None for parameter in model.get_submodule(path)._parameters.values())
+
+
+def usual_targets(model: nn.Module, row: Type) -> list[str]:
+    """The modules that peft takes for a model of this family where none are named. Raises UserError without it."""
+    family = getattr(getattr(model, "config", None), "model_type", None)
+    try:
+        from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as usual
+    except ImportError:
+        usual = {}
+    if family not in usual or row.peft != "LORA":
+        raise UserError(f"peft's {row.peft} needs target_modules for {type(model).__name__}: name the modules to adapt")
+    return list(usual[family])

@@ -1,0 +1,100 @@
+"""The tensors of a peft checkpoint, one by one: the name and shape there, and the tensor of ours that each is."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from deltaworks.core.errors import UserError
+from deltaworks.store.foreign.peft_types import Name, Shape, Spot, Type, base_added
+
+if TYPE_CHECKING:
+    from deltaworks.core.building import Attached
+    from deltaworks.core.delta import Delta
+
+PREFIX = "base_model.model."
+
+
+class Slot(NamedTuple):
+    """One tensor of their file."""
+
+    theirs: str
+    shape: Shape
+    ours: str
+    name: Name
+    spot: Spot
+
+    def read(self, tensor: Tensor) -> Tensor:
+        """Their tensor as ours."""
+        own = _tensors(self.spot)[self.name.ours]
+        return self.name.read(tensor if None in self.shape else tensor.reshape(own.shape), self.spot)
+
+    def write(self, tensor: Tensor) -> Tensor:
+        """Ours as theirs."""
+        value = self.name.write(tensor, self.spot)
+        return value.reshape([int(size) for size in self.name.shape(tuple(value.shape), self.spot) if size is not None])
+
+
+def slots(delta: Delta, row: Type) -> Iterator[Slot]:
+    """Every tensor that a checkpoint of this adapter holds."""
+    methods = [item for item in delta.attached if item.tuner.config is not None]
+    adapted = {item.place.path for item in methods if item.tuner.config.name == row.method}
+    for item in delta.attached:
+        spot = Spot(item.tuner, delta.model.get_submodule(item.place.path), item.place)
+        own = _tensors(spot)
+        for name in _names(row, item, adapted):
+            if name.ours in own and name.when(spot):
+                theirs = name.theirs.format(path=f"{PREFIX}{item.place.path}")
+                yield Slot(theirs, name.shape(tuple(own[name.ours].shape), spot), f"{item.key}.{name.ours}", name, spot)
+
+
+def _names(row: Type, item: Attached, adapted: set[str]) -> tuple[Name, ...]:
+    """Names of one tuner's tensors: those of its row, of a module that is trained in full, or of a bias."""
+    if item.tuner.config is None:
+        masters = (name.partition(".")[2] for name in item.tuner.stored())
+        return tuple(Name(f"masters.{name}", f"{{path}}.{name}") for name in masters)
+    if item.tuner.config.name == "bitfit":
+        inner = ".base_layer" if item.place.path in adapted else ""
+        return (base_added("change", f"{{path}}{inner}.bias", "bias"),)
+    return row.names[item.place.kind]
+
+
+def _tensors(spot: Spot) -> dict[str, Tensor]:
+    return dict(spot.tuner.named_parameters()) | dict(spot.tuner.named_buffers())
+
+
+REPEATED = (".base_layer", ".original_module", ".modules_to_save")
+"""Wrappers of peft: beside their tensors it may write those of the base, or a second copy."""
+
+
+def without_repeated(delta: Delta, tensors: Mapping[str, Tensor], expected: Collection[str]) -> dict[str, Tensor]:
+    """The tensors without those that repeat the base or each other, as peft writes an adapted embedding's.
+
+    Raises UserError where such a tensor has values of its own, which would be lost.
+    """
+    kept = dict(tensors)
+    for key in tensors.keys() - set(expected):
+        owner, _, name = key.rpartition(".")
+        plain = owner
+        for wrapper in REPEATED:
+            plain = plain.removesuffix(wrapper)
+        twin = tensors.get(f"{plain}.{name}") if owner.endswith(".modules_to_save") else None
+        same = twin if twin is not None else _base(delta, plain.removeprefix(PREFIX), name)
+        if same is None:
+            continue
+        if same.shape != tensors[key].shape or not bool(
+            torch.isclose(same.float(), tensors[key].float(), 1e-2, 1e-4).all()
+        ):
+            raise UserError(f"the checkpoint's {key!r} is another than this model's: it was trained on another base")
+        del kept[key]
+    return kept
+
+
+def _base(delta: Delta, path: str, name: str) -> Tensor | None:
+    try:
+        return delta.model.get_submodule(path)._parameters.get(name)
+    except AttributeError:
+        return None

@@ -1,0 +1,196 @@
+"""An adapter as the configuration and the tensors of a peft checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from deltaworks.core.errors import UserError
+from deltaworks.store.foreign import lost, targets
+from deltaworks.store.foreign.lowering import Lowered, effective_of, lowered, method_items
+from deltaworks.store.foreign.peft_slots import PREFIX, slots
+from deltaworks.store.foreign.peft_types import LORA, TYPES, Spot, Type
+
+if TYPE_CHECKING:
+    from deltaworks.core.building import Attached
+    from deltaworks.core.delta import Delta
+
+VERSION = "0.21.2"
+"""The version of peft whose format is written."""
+TASKS = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+
+
+def written(delta: Delta, rank: int | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Configuration and tensors. Raises UserError for what peft cannot express."""
+    if delta.cut is not None:
+        raise UserError(f"{delta.config} cuts the base, which no checkpoint of peft can say")
+    items = method_items(delta)
+    mine = [item for item in items if item.tuner.config.name != "bitfit"]
+    row = None if rank is not None else native(delta, mine)
+    if row is None:
+        whole = lowered(delta, rank)
+        if rank is not None:
+            lost(whole.loss(rank))
+        row, (fields, tensors), paths = LORA, lora_file(whole.weights), list(whole.weights)
+        biases = whole.biases
+    else:
+        fields, tensors, paths = _fields(row, mine), _tensors(delta, row), [item.place.path for item in mine]
+        biases = {item.place.path: effective_of(delta, [item])["bias"] for item in items if item not in mine}
+    data = {"peft_type": row.peft, "peft_version": VERSION, "inference_mode": True, **fields}
+    config = getattr(delta.model, "config", None)
+    data["base_model_name_or_path"] = getattr(config, "_name_or_path", None) or None
+    data |= _bias_fields(delta, row, biases, set(paths), tensors)
+    if not row.whole:
+        names = targets.module_names(delta.model)
+        data["target_modules"] = targets.ends(paths, names)
+    saved = [item.place.path for item in delta.attached if item.member >= len(delta.members)]
+    if saved:
+        data["modules_to_save"] = _outermost(delta.model, saved)
+    data["task_type"] = _task(delta.model, row, data.get("modules_to_save", []))
+    tensors |= _saved(delta)
+    if any(delta.model.get_submodule(path).__class__.__name__ == "Conv1D" for path in paths) and not row.whole:
+        data["fan_in_fan_out"] = True
+    return data, {key: value.float() if value.dtype == torch.float64 else value for key, value in tensors.items()}
+
+
+def native(delta: Delta, items: Sequence[Attached]) -> Type | None:
+    """The row that says this adapter as it is, or None."""
+    configs = list({id(item.tuner.config): item.tuner.config for item in items}.values())
+    paths = [item.place.path for item in items]
+    if not items or len(set(paths)) < len(paths) or any(item.place.part is not None for item in items):
+        return None
+    for row in TYPES:
+        if any(config.name != row.method or not row.holds(config) for config in configs):
+            continue
+        if any(item.place.kind not in row.names for item in items):
+            continue
+        free = {own.ours for own in row.fields if own.pattern} | {"targets", *row.unsaid, *row.shaped}
+        if all(_same(config, configs[0], free) for config in configs[1:]):
+            return row
+    return None
+
+
+def _same(one: Any, other: Any, free: set[str]) -> bool:
+    mine, theirs = one.options(), other.options()
+    return all(mine[key] == theirs[key] for key in mine if key not in free)
+
+
+def _fields(row: Type, items: Sequence[Attached]) -> dict[str, Any]:
+    """The fields of a row, and the patterns where modules differ."""
+    first = items[0].tuner.config
+    fields: dict[str, Any] = dict(row.says)
+    for own in row.fields:
+        fields[own.theirs] = own.write(getattr(first, own.ours))
+        if own.pattern:
+            values = {item.place.path: own.write(getattr(item.tuner.config, own.ours)) for item in items}
+            fields[own.pattern] = {path: v for path, v in values.items() if v != fields[own.theirs]}
+    for option in row.unsaid:
+        if getattr(first, option) != getattr(type(first)(), option):
+            lost(
+                f"{option}={getattr(first, option)!r} acts in training alone and peft's {row.peft} has no field for it"
+            )
+    return fields | row.written(list(items))
+
+
+def _tensors(delta: Delta, row: Type) -> dict[str, Tensor]:
+    """The tensors of the methods' own rows (biases and whole modules are added by their callers)."""
+    found = {}
+    for slot in slots(delta, row):
+        if slot.spot.tuner.config is not None and slot.spot.tuner.config.name == row.method:
+            found[slot.theirs] = slot.write(slot.spot.tuner.stored()[slot.name.ours])
+    return found
+
+
+def _saved(delta: Delta) -> dict[str, Tensor]:
+    """Whole modules that are trained in full."""
+    return {
+        f"{PREFIX}{item.place.path}.{name.partition('.')[2]}": value
+        for item in delta.attached
+        if item.member >= len(delta.members)
+        for name, value in item.tuner.stored().items()
+    }
+
+
+def lora_file(weights: Mapping[str, Lowered]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The fields and tensors of a LoRA with these factors; ranks and scales that differ become patterns."""
+    ranks = {path: one.rank for path, one in weights.items()}
+    alphas = {path: one.scale * one.rank for path, one in weights.items()}
+    rank = max(ranks.values())
+    alpha = next(alphas[path] for path in ranks if ranks[path] == rank)
+    fields: dict[str, Any] = {own.theirs: own.default for own in LORA.fields}
+    fields |= {
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {path: own for path, own in ranks.items() if own != rank},
+        "alpha_pattern": {path: own for path, own in alphas.items() if own != alpha},
+    }
+    return fields, {key: value for path, one in weights.items() for key, value in lora_tensors(path, one).items()}
+
+
+def lora_tensors(path: str, one: Lowered) -> dict[str, Tensor]:
+    """The two tensors of one weight."""
+    named = {name.ours: name for name in LORA.names[one.place.kind] if name.ours in ("A", "B")}
+    spot = Spot(None, one.module, one.place)
+    return {
+        name.theirs.format(path=f"{PREFIX}{path}"): value.reshape(
+            [int(n or 0) for n in name.shape(tuple(value.shape), spot)]
+        )
+        for name, value in ((named["A"], one.A), (named["B"], one.B))
+    }
+
+
+def _bias_fields(
+    delta: Delta, row: Type, biases: Mapping[str, Tensor], adapted: set[str], tensors: dict[str, Tensor]
+) -> dict[str, Any]:
+    """Adds trained biases to the tensors; with ``bias="all"`` peft expects those that did not change, too."""
+    if not biases:
+        return {}
+    if row.bias is None:
+        raise UserError(
+            f"peft's {row.peft} holds no trained biases: leave bitfit out, or give a rank to make it a LoRA"
+        )
+    if odd := [path for path in biases if delta.model.get_submodule(path)._parameters.get("bias") is None]:
+        raise UserError(f"{odd[0]!r} has no bias in the base, and peft cannot add one")
+    which = row.bias if biases.keys() <= adapted else "all"
+    saved = {item.place.path for item in delta.attached if item.member >= len(delta.members)}
+    for path in targets.module_names(delta.model):
+        bias = delta.model.get_submodule(path)._parameters.get("bias")
+        if bias is not None and path not in saved and (which == "all" or path in adapted):
+            inner = ".base_layer" if path in adapted else ""
+            tensors[f"{PREFIX}{path}{inner}.bias"] = biases.get(path, bias.detach())
+    return {"bias": which}
+
+
+def _outermost(model: nn.Module, saved: Sequence[str]) -> list[str]:
+    """Modules that hold exactly the saved ones, as far out as that goes."""
+    owners = [path for path in targets.module_names(model) if model.get_submodule(path)._parameters]
+    names = list(saved)
+    for path in saved:
+        outer = path
+        while "." in outer:
+            above = outer.rpartition(".")[0]
+            if not {own for own in owners if own.startswith(f"{above}.") or own == above} <= set(saved):
+                break
+            outer = above
+        names = [name for name in names if not name.startswith(f"{outer}.")]
+        names += [outer] * (outer not in names)
+    return names
+
+
+def _task(model: nn.Module, row: Type, saved: Sequence[str]) -> str | None:
+    """The task, where peft would not add a head of its own to an adapter that holds none."""
+    name = type(model).__name__
+    task = next((task for end, task in TASKS.items() if name.endswith(end)), None)
+    if task in targets.CLASSIFICATION and not row.whole and not any(name in saved for name in targets.HEADS):
+        return None
+    return task

@@ -1,0 +1,117 @@
+"""Checkpoints of huggingface/peft, both ways: the same outputs on the same model, and errors that list what is wrong.
+
+Each configuration is built by peft on a small model and given random values, written by peft and read here; then
+written here and read by peft. The logits of all three agree within float rounding.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from zoo import ZOO, output_of
+
+import deltaworks as dw
+
+peft = pytest.importorskip("peft")
+
+TOLERANCE = 3e-6
+"""Of the largest logit: some layers are computed in another order."""
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without peft's own warnings."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@torch.no_grad()
+def trained(model: nn.Module, config: Any) -> nn.Module:
+    """The model under peft, with random values in all that it trains."""
+    with quiet():
+        under = peft.get_peft_model(copy.deepcopy(model), config)
+    generator = torch.Generator().manual_seed(3)
+    for parameter in under.parameters():
+        if parameter.requires_grad:
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
+    return under.eval()
+
+
+@torch.no_grad()
+def logits(name: str, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """The outputs at the text's own tokens: peft keeps those of virtual tokens."""
+    inputs = {key: value for key, value in inputs.items() if key != "labels" or name == "t5"}
+    found = output_of(name, model, inputs)
+    return found[:, -inputs["input_ids"].shape[1] :] if found.dim() == 3 and name != "t5" else found
+
+
+def lora(**changes: Any) -> Callable[[], Any]:
+    return lambda: peft.LoraConfig(**{"target_modules": ["q_proj", "v_proj"], "r": 4} | changes)
+
+
+CAUSAL, CLASSES = "CAUSAL_LM", "SEQ_CLS"
+CASES: dict[str, tuple[str, Callable[[], Any]]] = {
+    "lora": ("llama", lora(task_type=CAUSAL)),
+    "lora-scaled": ("llama", lora(lora_alpha=12, target_modules="all-linear", task_type=CAUSAL)),
+    "lora-rslora": ("llama", lora(use_rslora=True, lora_alpha=12)),
+    "lora-dora": ("llama", lora(use_dora=True, target_modules=r".*\.(q_proj|down_proj)")),
+    "lora-patterns": (
+        "llama",
+        lora(
+            target_modules="all-linear",
+            use_rslora=True,
+            rank_pattern={"q_proj": 2, r"layers\.1\.mlp\.up_proj": 6},
+            alpha_pattern={"v_proj": 3, "layers.0.self_attn.k_proj": 5},
+        ),
+    ),
+    "lora-layers": ("llama", lora(layers_to_transform=[1], layers_pattern="layers", exclude_modules=["v_proj"])),
+    "lora-pissa": ("llama", lora(init_lora_weights="pissa", lora_alpha=8)),
+    "lora-embedding": ("llama", lora(target_modules=["embed_tokens", "lm_head", "q_proj"], task_type=CAUSAL)),
+    "lora-embedding-dora": ("gpt2", lora(target_modules=["wte", "c_attn"], use_dora=True, task_type=CAUSAL)),
+    "lora-conv1d": ("gpt2", lora(target_modules=["c_attn", "c_proj"], fan_in_fan_out=True, task_type=CAUSAL)),
+    "lora-conv2d": ("convnet", lora(target_modules=["stem", "conv1", "head"])),
+    "lora-conv2d-dora": ("convnet", lora(target_modules=["stem", "conv1"], use_dora=True)),
+    "lora-classifier": ("bert", lora(target_modules=["query", "value"], task_type=CLASSES)),
+    "lora-saved": ("bert", lora(target_modules=["query"], modules_to_save=["classifier", "pooler"])),
+    "lora-saved-head": ("roberta", lora(target_modules=["query"], task_type=CLASSES)),
+    "lora-bias-own": ("bert", lora(target_modules=["query", "dense"], bias="lora_only")),
+    "lora-bias-all": ("bert", lora(target_modules=["query", "value"], bias="all", task_type=CLASSES)),
+    "lora-t5": ("t5", lora(target_modules=["q", "v"], task_type="SEQ_2_SEQ_LM")),
+    "lora-vit": ("vit", lora(target_modules="all-linear", modules_to_save=["classifier"])),
+}
+
+
+def agree(one: Tensor, other: Tensor) -> None:
+    scale = float(one.abs().max())
+    assert float((one - other).abs().max()) <= TOLERANCE * max(scale, 1.0)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_outputs_are_pefts_both_ways(case: str, tmp_path: Path) -> None:
+    name, configured = CASES[case]
+    model, inputs = ZOO[name]()
+    theirs = trained(model, configured())
+    with quiet():
+        theirs.save_pretrained(tmp_path / "theirs")
+    wanted = logits(name, theirs, inputs)
+    assert float((wanted - logits(name, model, inputs)).abs().max()) > 1e-2  # the adapter does something
+
+    ours = copy.deepcopy(model)
+    delta = dw.load(ours, tmp_path / "theirs")
+    agree(wanted, logits(name, ours, inputs))
+
+    delta.save(tmp_path / "ours", format="peft")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        again = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "ours").eval()
+    assert not [str(one.message) for one in said if "missing" in str(one.message)]
+    agree(wanted, logits(name, again, inputs))
