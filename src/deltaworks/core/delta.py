@@ -21,7 +21,9 @@ from deltaworks.core.forms import Tuner
 from deltaworks.core.marks import base_marks
 from deltaworks.core.places import Place, sees_whole_batch
 from deltaworks.core.procedure import Procedure, Procedures
+from deltaworks.core.quantized import is_quantized
 from deltaworks.core.registry import Config, configure
+from deltaworks.core.replacing import dequantize
 from deltaworks.core.report import Report, report
 from deltaworks.core.sharding import whole
 from deltaworks.core.sites import is_causal
@@ -77,7 +79,7 @@ class Delta:
         self.base: dict[str, Any] = {}  # by which its base is known again
         self.resting: list[nn.Parameter] = []  # trained parameters that get no gradient for a while
         self.anatomy: Anatomy = next(iter(board.deltas.values())).anatomy if board.deltas else anatomy(model)
-        self._before: merging.Values = {}
+        self._before: merging.Before = {}
         self.cut: Cut | None = None  # what it takes away from the base while it acts
         self.ranks: dict[str, int] = {}  # what is left of tuners that were cut with it, by key
         builder = Builder(model, self.anatomy, self.members, seed)
@@ -99,6 +101,8 @@ class Delta:
         if not board.deltas:
             board.frozen = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
             model.requires_grad_(False)
+            for layer in filter(is_quantized, list(model.modules())):  # gradients go through all of them
+                wrap(layer, board)
         board.deltas[self.name] = self
         for item in self.attached:
             module: Any = model.get_submodule(item.place.path)
@@ -259,11 +263,15 @@ class Delta:
         finally:
             self.board.show(before)
 
-    def merge(self, *, keep_base: bool = True) -> None:
+    def merge(self, *, keep_base: bool = True, requantize: bool = False) -> float:
         """Write the change into the base weights, computed in float32 or wider.
 
-        With ``keep_base=False`` the originals are dropped and the wrappers removed: a plain model remains, and
-        this handle is spent. Raises UserError for methods that no weight can hold and for tied weights.
+        A quantized weight gives way to a plain one; ``requantize`` quantizes it again, which rounds the change away
+        in part. Returns how far rounding can move an output feature of a merged layer, for an input of length one.
+
+        With ``keep_base=False`` the originals are dropped and the wrappers removed: a plain model remains (quantized
+        only with ``requantize``), and this handle is spent. Raises UserError for methods that no weight can hold, for
+        tied weights, and for weights that cannot be quantized again.
         """
         if limit := self.limit("merge"):
             raise UserError(f"{self.config} cannot be merged: {limit}")
@@ -272,7 +280,8 @@ class Delta:
         self.board.fit((*self.board.wanted, self.name))
         values = merging.merged_values(self.model, self._paths(), self.name)
         merging.check_ties(self.anatomy.tied, values)
-        self._before = merging.write(self.model, values, self.anatomy.tied)
+        self._before = merging.write(self.model, values, self.anatomy.tied, requantize=requantize)
+        cost = merging.rounding(self.model, values)
         self.merged = True
         self.board.show(self.board.wanted)
         if not keep_base:
@@ -280,6 +289,9 @@ class Delta:
             self.merged = False
             self.cut = self.board.cut = None  # a base that was cut stays so
             self.detach()
+            if not requantize:
+                dequantize(self.model)
+        return cost
 
     def _paths(self) -> list[str]:
         return list(dict.fromkeys(item.place.path for item in self.attached))

@@ -8,10 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from deltaworks.core.errors import UserError
-from deltaworks.core.weights import base_tensors, effective
+from deltaworks.core.places import kind_of
+from deltaworks.core.quantized import is_quantized
+from deltaworks.core.replacing import plain_linear, quantized_again, replace
+from deltaworks.core.weights import base_tensors, effective, to_matrix
+from deltaworks.core.wrapping import stand_in
 
 Values = dict[str, dict[str, Any]]
 """Parameters by the path of their module and their name in it."""
+Before = dict[str, dict[str, Any] | nn.Module]
+"""What stood in the model: parameters, or a whole quantized layer, by the path of the module."""
 
 
 def merged_values(model: nn.Module, paths: list[str], adapter: str) -> Values:
@@ -45,16 +51,28 @@ def check_ties(tied: list[list[str]], merged: Values) -> None:
             )
 
 
-def write(model: nn.Module, values: Values, tied: list[list[str]]) -> Values:
-    """Put merged values in place, in the dtypes of the base, and return the parameters that stood there."""
-    before: Values = {}
+def write(model: nn.Module, values: Values, tied: list[list[str]], *, requantize: bool = False) -> Before:
+    """Put merged values in place, in the dtypes of the base, and return what stood there.
+
+    A quantized linear gives way to a plain one, or with ``requantize`` to one with the codes of the merged weight.
+    Raises UserError where a weight cannot be quantized again, and changes nothing.
+    """
+    layers = {}
+    for path, changed in values.items():
+        module: Any = model.get_submodule(path)
+        if "weight" in changed and is_quantized(module) and kind_of(module) == "linear":
+            make = quantized_again if requantize else plain_linear
+            layers[path] = make(model, module, changed["weight"])
+    before: Before = {}
     for path, changed in values.items():
         module = model.get_submodule(path)
-        before[path] = {name: module._parameters[name] for name in changed}
-        for name, value in changed.items():
-            old = module._parameters[name]
-            new = value if old is None else value.to(device=old.device, dtype=old.dtype)
-            module._parameters[name] = nn.Parameter(new, requires_grad=False)
+        if path in layers:
+            before[path] = module
+            stand_in(layers[path], module)
+            replace(model, module, layers[path])
+            _set(layers[path], {name: value for name, value in changed.items() if name != "weight"})
+        else:
+            before[path] = _set(module, changed)
     for group in tied:
         owners = [(model.get_submodule(path), name) for path, _, name in (full.rpartition(".") for full in group)]
         for owner, name in owners[1:]:
@@ -62,7 +80,32 @@ def write(model: nn.Module, values: Values, tied: list[list[str]]) -> Values:
     return before
 
 
-def put_back(model: nn.Module, before: Values) -> None:
-    """The parameters that ``write`` returned, as the same objects."""
-    for path, parameters in before.items():
-        model.get_submodule(path)._parameters.update(parameters)
+def _set(module: Any, changed: dict[str, Any]) -> dict[str, Any]:
+    before = {name: module._parameters[name] for name in changed}
+    for name, value in changed.items():
+        old = module._parameters[name]
+        new = value if old is None else value.to(device=old.device, dtype=old.dtype)
+        module._parameters[name] = nn.Parameter(new, requires_grad=False)
+    return before
+
+
+def rounding(model: nn.Module, values: Values) -> float:
+    """How far an output feature of a merged layer can be from the exact one, for an input of length one."""
+    largest = 0.0
+    for path, changed in values.items():
+        module = model.get_submodule(path)
+        stored = base_tensors(module)
+        for name, value in changed.items():
+            gap = stored[name].to(value) - value
+            gap = to_matrix(str(kind_of(module)), gap) if name == "weight" else gap[..., None]
+            largest = max(largest, float(torch.linalg.vector_norm(gap, dim=-1).max()))
+    return largest
+
+
+def put_back(model: nn.Module, before: Before) -> None:
+    """What ``write`` returned, as the same objects."""
+    for path, old in before.items():
+        if isinstance(old, nn.Module):
+            replace(model, model.get_submodule(path), old)
+        else:
+            model.get_submodule(path)._parameters.update(old)

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from deltaworks.core.errors import UserError
 from deltaworks.core.layers import at_strength
+from deltaworks.core.quantized import compute_dtype, is_quantized
 from deltaworks.core.trunks import run_trunk
 from deltaworks.core.weights import WEIGHT_KINDS, added, base_tensors, effective, low_rank
 
@@ -53,6 +55,8 @@ def run_weights(module: Any, run: Callable[..., Any], tuners: list[Any], args: t
     if heavy:
 
         def weighted(x: Any) -> Tensor:
+            if is_quantized(module) and heavy[0].place.kind == "linear":
+                return run_dense(module, heavy, x)
             module._effective = effective(heavy, base_tensors(module))
             try:
                 return operation(x)
@@ -64,6 +68,21 @@ def run_weights(module: Any, run: Callable[..., Any], tuners: list[Any], args: t
         if tuner not in heavy:
             base = functools.partial(run_light, module, tuner, base)
     return operation.replaced(base(operation.x))
+
+
+def run_dense(module: Any, tuners: list[Any], x: Tensor) -> Tensor:
+    """A quantized linear with effective weights: made from its codes, and made again for the backward pass."""
+
+    def product(x: Tensor) -> Tensor:
+        dtype = compute_dtype(module, x)
+        values = effective(tuners, base_tensors(module))
+        bias = values["bias"]
+        bias = bias if bias is None else bias.to(dtype)
+        return F.linear(x.to(dtype), values["weight"].to(dtype), bias).to(x.dtype)
+
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return checkpoint(product, x, use_reentrant=False)
+    return product(x)
 
 
 def has_product(module: Any, tuner: Any) -> bool:

@@ -13,7 +13,7 @@ from deltaworks.core.anatomy import Anatomy
 from deltaworks.core.board import Tap
 from deltaworks.core.errors import UserError
 from deltaworks.core.paths import parent_of
-from deltaworks.core.places import Place
+from deltaworks.core.places import LINEAR, Place, features_of
 from deltaworks.core.weights import base_tensors, part_of, to_matrix
 
 
@@ -48,6 +48,9 @@ class Site:
 
     @property
     def shape(self) -> tuple[int, int]:
+        if self.place.kind in LINEAR:  # without reading a weight, which may be quantized
+            inner, out = features_of(self.module)
+            return (out if self.place.part is None else self.place.part[1] - self.place.part[0], inner)
         matrix = self.matrix
         return (matrix.shape[0], matrix.shape[1]) if matrix.dim() == 2 else (matrix.shape[0], 1)
 

@@ -10,12 +10,15 @@ from torch import Tensor, nn
 
 from deltaworks.core.forms import Factors
 from deltaworks.core.places import Place
+from deltaworks.core.quantized import dense_weight, is_quantized
 
 WEIGHT_KINDS = ("linear", "conv1d", "conv2d", "embedding", "norm", "parameters")
 
 
 def base_tensors(module: nn.Module) -> dict[str, Any]:
-    """The module's own parameters by name, as they are in the base."""
+    """The module's own parameters by name, as they are in the base; a quantized weight as a plain tensor."""
+    if is_quantized(module):
+        return {"bias": module._buffers.get("bias"), **module._parameters, "weight": dense_weight(module)}
     return dict(module._parameters)
 
 

@@ -18,6 +18,7 @@ from deltaworks.core.attention import ConfigView
 from deltaworks.core.board import Board, Tap
 from deltaworks.core.forms import Tuner
 from deltaworks.core.layers import at_strength
+from deltaworks.core.quantized import is_quantized, product, steady
 from deltaworks.core.running import RUNNERS, run_rows
 from deltaworks.core.trunks import widened
 
@@ -64,6 +65,8 @@ def forward_wrapped(module: Any, run: Callable[..., Any], args: tuple[Any, ...],
             tap.value = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
     if module._widens:
         kwargs = widened(module, args, kwargs)
+    if is_quantized(module):
+        run = functools.partial(product, module, run)
     board: Board = module._board
     if board.rows is not None:
         named = any(name in module.deltas for name in board.row_names)
@@ -147,6 +150,7 @@ def wrap(module: Any, board: Board) -> None:
         "_first_position": None,
         "_argument_names": tuple(name for name in names if name != "self"),
         "_effective": None,
+        "_repacks": steady(module),
     }
     if attends:
         state |= {"_attending": None, "_config_view": ConfigView(module.config)}
@@ -155,10 +159,18 @@ def wrap(module: Any, board: Board) -> None:
     module.__class__ = wrapped_class(plain, tuple(module._parameters), attends)  # type: ignore[arg-type]
 
 
+def stand_in(new: Any, module: Any) -> None:
+    """Let a module that takes the place of a wrapped one have its tuners too."""
+    wrap(new, module._board)
+    new.deltas, new._taps, new._alike = module.deltas, module._taps, module._alike
+
+
 def unwrap(module: Any) -> None:
     """Give the module its own class back once nothing stands around it."""
-    if len(module.deltas) or module._taps or module._widens:
+    if len(module.deltas) or module._taps or module._widens or (is_quantized(module) and module._board.deltas):
         return
+    if module._repacks:
+        module.support_avx512bf16_for_cpu = True
     module.__class__ = module._plain_class
     del module._modules["deltas"]
     for name in (*STATE, "_attending", "_config_view", "_entry_tap"):
@@ -177,4 +189,5 @@ STATE = (
     "_first_position",
     "_argument_names",
     "_effective",
+    "_repacks",
 )
