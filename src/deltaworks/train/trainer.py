@@ -51,8 +51,14 @@ class DeltaTrainerMixin(Base):
             raise UserError("the adapter is trained, so there is nothing to do for peft_config: leave it out")
         if "ref_model" in bound.signature.parameters and bound.arguments.get("ref_model") is None:
             bound.arguments["ref_model"] = Reference(delta)
+        forward = delta.model.__dict__.get("forward")
         with _as_it_is(delta):
             super().__init__(*bound.args, **bound.kwargs)
+        if delta.model.__dict__.get("forward") is not forward and (head := _tuned_head(delta)):
+            raise UserError(
+                f"{type(self).__name__} multiplies by the weight of {head!r} itself, so that an adapter on it would "
+                "never be trained: leave it out of targets and also"
+            )
         if getattr(self.args, "sync_ref_model", False) and isinstance(getattr(self, "ref_model", None), Reference):
             raise UserError("sync_ref_model updates a second model: pass it as ref_model=, or leave sync_ref_model out")
         if self.is_fsdp_enabled:
@@ -157,7 +163,8 @@ class DeltaTrainerMixin(Base):
         plugin = self.accelerator.state.fsdp_plugin
         save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
         if self.args.should_save:
-            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
+            scheduler: Any = self.lr_scheduler
+            torch.save(scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         resume(self.delta, resume_from_checkpoint)
@@ -187,6 +194,14 @@ def _as_it_is(delta: Delta) -> Iterator[None]:
     for parameter, values in masters:
         if parameter.dtype != values.dtype:
             parameter.data = values.to(parameter.device)
+
+
+def _tuned_head(delta: Delta) -> str:
+    """The path of the layer that gives the logits, if the adapter stands on it, else an empty one."""
+    model: Any = delta.model
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    paths = (item.place.path for item in delta.attached)
+    return next((path for path in paths if model.get_submodule(path) is head), "")
 
 
 class _Batches:
