@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from deltaworks.core.errors import UserError, nearest
+from deltaworks.core.quantized import entries
 from deltaworks.core.structure import KINDS, LINEAR, Place, features_of, find_places, kind_of, parent_of
 
 __all__ = ["KINDS", "LINEAR", "Anatomy", "Place", "anatomy"]
@@ -204,7 +205,7 @@ def anatomy(model: nn.Module) -> Anatomy:
     """Find the places of a model; nothing is run and no weight is read."""
     places, blocks = find_places(model)
     nodes = {path: _node(module) for path, module in model.named_modules()}
-    total = sum(parameter.numel() for parameter in model.parameters())
+    total = sum(map(entries, model.parameters()))
     return Anatomy(places, _tied(model), blocks, type(model).__name__, nodes, total)
 
 
@@ -232,7 +233,7 @@ def _node(module: nn.Module) -> _Node:
         plain = kind in ("norm", "embedding", "conv2d")
         shapes = sizes.get("weight", "") if plain else ", ".join(f"{name} {size}" for name, size in sizes.items())
     listed = isinstance(module, nn.ModuleList | nn.Sequential)
-    return _Node(type(module).__name__, shapes, sum(parameter.numel() for parameter in own.values()), listed)
+    return _Node(type(module).__name__, shapes, sum(map(entries, own.values())), listed)
 
 
 @dataclass

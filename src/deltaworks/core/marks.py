@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from deltaworks.core.quantized import is_coded
 from deltaworks.core.sharding import is_dtensor, size_of
 
 if TYPE_CHECKING:
@@ -23,7 +24,8 @@ def base_marks(delta: Delta) -> dict[str, Any]:
             for name, parameter in delta.model.named_parameters()
             if id(parameter) not in own and ".deltas." not in name and not any(name.startswith(r) for r in replaced)
         ]
-    chosen = base[:: max(1, len(base) // 8)][:8]
+    plain = [(name, parameter) for name, parameter in base if not is_coded(parameter)]  # the same in every quantization
+    chosen = plain[:: max(1, len(plain) // 8)][:8]
     values = {}
     for name, parameter in chosen:
         flat = parameter.detach().reshape(-1)

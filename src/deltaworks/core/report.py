@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from deltaworks.core.sharding import size_of
+
 if TYPE_CHECKING:
     from deltaworks.core.delta import Delta
 
@@ -106,7 +108,7 @@ def report(delta: Delta, *, ranks: bool = False) -> Report:
     return Report(
         method=str(delta.config),
         base=type(delta.model).__name__,
-        total=sum(p.numel() for p in delta.model.parameters() if id(p) not in trained),
+        total=sum(size_of(p) for p in delta.model.parameters() if id(p) not in trained),
         trainable=sum(row.trainable for row in rows.values()),
         changed=sum(row.changed for row in rows.values()),
         stored_bytes=sum(t.numel() * t.element_size() for t in delta.tensors().values()),

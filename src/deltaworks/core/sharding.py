@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from deltaworks.core.quantized import entries
+
 if TYPE_CHECKING:
     from deltaworks.core.delta import Delta
 
@@ -37,8 +39,8 @@ def is_sharded(delta: Delta) -> bool:
 
 
 def size_of(parameter: Tensor) -> int:
-    """How many values a parameter has, in all processes together."""
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
+    """How many values a parameter has, in all processes together, however they are packed."""
+    return int(getattr(parameter, "ds_numel", entries(parameter)))
 
 
 @contextmanager

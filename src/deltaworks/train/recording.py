@@ -7,6 +7,8 @@ from typing import Any
 
 from deltaworks.core.delta import Delta
 from deltaworks.core.forms import Replacement
+from deltaworks.core.places import features_of
+from deltaworks.core.quantized import entries, is_quantized
 from deltaworks.core.registry import Config, as_data
 from deltaworks.core.report import Report
 from deltaworks.store.records import Counts, DataFacts, ModelFacts, RankOfChange, Record, run_key
@@ -74,7 +76,7 @@ def facts_of(recipe: Recipe, config: Config, data: Data, loaded: Loaded, steps: 
         "config": settings_of(recipe, config),
         "targets": targets_of(config),
         "counts": Counts(trainable=0, changed=0, stored_bytes=0),
-        "model": ModelFacts(id=loaded.base, parameters=sum(p.numel() for p in loaded.model.parameters())),
+        "model": ModelFacts(id=loaded.base, parameters=sum(map(entries, loaded.model.parameters()))),
         "dtypes": dtypes_of(recipe),
         "optimizer": "AdamW, linear decay",
         "steps": steps,
@@ -120,9 +122,10 @@ def ranks_are_quick(delta: Delta) -> bool:
     """Whether the singular values of all changed weights can be had in seconds."""
     cost = 0.0
     for item in delta.attached:
-        weight = delta.model.get_submodule(item.place.path)._parameters.get("weight")
+        module = delta.model.get_submodule(item.place.path)
+        weight = module._parameters.get("weight")
         if item.tuner.form() != 3 and weight is not None and weight.dim() > 1:
-            out, inner = weight.shape[0], weight[0].numel()
+            out, inner = features_of(module) if is_quantized(module) else (weight.shape[0], weight[0].numel())
             cost += out * inner * min(out, inner)
     return cost < RANK_BUDGET
 
