@@ -8,7 +8,7 @@ from types import TracebackType
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import TaskID
 from rich.table import Table
 
 from deltaworks.compare.jobs import Event, Job
@@ -17,6 +17,7 @@ from deltaworks.compare.standings import compare as sort_records
 from deltaworks.compare.verdict import describe
 from deltaworks.compare.wording import show_bytes, show_count, three_digits
 from deltaworks.store.records import Record
+from deltaworks.train.bars import bars
 
 
 class Live:
@@ -26,16 +27,7 @@ class Live:
         self.console, self.jobs = console, jobs
         worlds = dict.fromkeys(job.world for job in jobs)
         self.several = len(worlds) > 1
-        self.progress = Progress(
-            TextColumn("{task.description:<28}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.percentage:>3.0f} %"),
-            TextColumn("{task.fields[note]}"),
-            TimeElapsedColumn(),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
+        self.progress = bars(console)
         self.counts: dict[str, TaskID] = {}  # of all runs, and of each world where there are several
         for world in ("all runs", *(worlds if self.several else ())):
             inside = [job for job in jobs if world in ("all runs", job.world)]

@@ -380,10 +380,7 @@ class Delta:
             return save(self, folder, training=training, format=format, rank=rank) if writes else Path(folder)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Save the adapter with a model card to ``"user/name"`` on the Hugging Face Hub; returns the address.
-
-        ``options`` are those of ``store.hub.push``: ``private``, ``token``, ``revision``, ``commit_message``.
-        """
+        """Save the adapter with a model card to "user/name" on the Hub (``store.hub.push``); returns the address."""
         from deltaworks.store.hub import push_delta
 
         return push_delta(self, repo_id, **options)

@@ -26,6 +26,7 @@ from deltaworks.core.procedure import Run
 from deltaworks.core.sharding import is_sharded
 from deltaworks.store.checkpoint import resume
 from deltaworks.train.devices import Team
+from deltaworks.train.progress import show_bars
 from deltaworks.train.reference import Reference
 from deltaworks.train.sharding import keep_whole, needs_whole
 
@@ -64,6 +65,7 @@ class DeltaTrainerMixin(Base):
         if self.is_fsdp_enabled:
             self._prepare_sharding()
         self.add_callback(_Clock(self))
+        show_bars(self)
         kind: Any = self.args.gradient_checkpointing_kwargs or {}
         if self.args.gradient_checkpointing and kind.get("use_reentrant"):
             # the reentrant kind gives no gradient where no input of a block asks for one

@@ -34,7 +34,8 @@ def tune(recipe: Recipe) -> Record:
     Raises UserError before the training for what the user can mend, and where the run diverged.
     """
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from deltaworks.train.bars import bars
 
     if recipe.out is None:
         raise UserError("the recipe says nowhere to save the adapter: add out=FOLDER")
@@ -42,16 +43,15 @@ def tune(recipe: Recipe) -> Record:
     folder = check_writable(recipe.out) if team.main else Path(recipe.out)
     console = Console(quiet=not team.main)
     config = recipe.config()
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
-    with Progress(
-        *columns, console=console, transient=True, disable=not (team.main and console.is_terminal)
-    ) as progress:
+    with bars(console) as progress:
         bar = progress.add_task(str(config), total=1.0, note="loading")
 
         def tell(event: dict[str, Any]) -> None:
             if event["event"] == "step":
                 done = (event["rate"] + event["step"] / event["steps"]) / event["rates"]
                 progress.update(bar, completed=done, note=f"step {event['step']}, loss {event['loss']:.3f}")
+            elif event["event"] == "test":
+                progress.update(bar, completed=1.0, note="testing")
             if "validation" in event:
                 console.print(f"step {event['step']}: validation {event['validation']:.4f}", highlight=False)
 
