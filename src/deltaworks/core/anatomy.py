@@ -53,8 +53,12 @@ class Anatomy:
         An item of `targets` (separated by commas, or a list) is one of
 
         - a role, with globs: ``attention.[qv]``, ``mlp``; a role includes all below it
-        - ``linear``: every linear inside the blocks; ``all``: every place
-        - a path glob or the end of a path: ``model.layers.*.up_proj``, ``q_proj``
+        - ``linear``: every linear inside the blocks that all tokens pass, so neither routers nor experts, of which
+          each sees few tokens and all together would multiply what is trained (peft's "all-linear" is the same)
+        - ``experts``: every matrix of every expert; ``mlp.experts.up``, ``mlp.experts.down`` are some of them
+        - ``all``: every place
+        - a path glob or the end of a path: ``model.layers.*.up_proj``, ``q_proj``; experts are counted in it,
+          ``experts.3.down_proj``, where ``experts.down_proj`` is that of all
         - ``re:`` and a regular expression that the whole path must match
 
         and any but the last may carry ``stack:`` in front and ``@3``, ``@0-5``, ``@-1`` (blocks) behind.
@@ -107,7 +111,7 @@ class Anatomy:
                 pattern = re.compile(item[3:])
             except re.error as error:
                 raise UserError(f"target {item!r} is not a regular expression: {error}") from None
-            return _prefer_wholes(place for place in self.places if pattern.fullmatch(place.path))
+            return _prefer_wholes(p for p in self.places if any(map(pattern.fullmatch, _names(p))))
         written = _ITEM.fullmatch(item)
         if written is None:
             raise UserError(f"target {item!r} cannot be read: write 'stack:role@0-5', a path or 're:...'")
@@ -161,13 +165,17 @@ class Anatomy:
 
 _GATED = ("mlp.gate", "mlp.up")
 _FUSED = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "gate_up", "up": "gate_up"}
-_SPELLED = {"attention.qkv": "attention.[qkv]", "cross_attention.qkv": "cross_attention.[qkv]"}
+_SPELLED = {
+    "attention.qkv": "attention.[qkv]",
+    "cross_attention.qkv": "cross_attention.[qkv]",
+    "experts": "mlp.experts",
+}
 _ITEM = re.compile(r"(?:(?P<stack>\w+):)?(?P<name>[^@:]+)(?:@(?P<first>-?\d+)(?:-(?P<last>-?\d+))?)?")
 
 
 def backbone(found: Anatomy, places: Iterable[Place]) -> list[Place]:
     """The places without the output head's own; a head that is tied to an embedding moves with it."""
-    places = [place for place in places if place.part is None]
+    places = [place for place in places if place.whole]
     own = {place.path for place in places if place.role != "head"}
     owners = [{parent_of(name) for name in group} for group in found.tied]
     tied = {path for group in owners if group & own for path in group}
@@ -185,20 +193,33 @@ def _by_name(places: Sequence[Place], name: str) -> list[Place]:
         return list(places)
     if name == "linear":
         inside = (place for place in places if place.block is not None or place.role == "linear")
-        return [place for place in inside if place.kind in LINEAR]
+        return [place for place in inside if _is_dense(place)]
     for pattern in (name, _SPELLED.get(name)):
         if pattern:
             found = [p for p in places if fnmatchcase(p.role, pattern) or fnmatchcase(p.role, pattern + ".*")]
             if found:
                 return found
-    return [p for p in places if p.path == name or fnmatchcase(p.path, name) or fnmatchcase(p.path, "*." + name)]
+    return [p for p in places if any(fnmatchcase(f".{own}", f"*.{name}") or own == name for own in _names(p))]
+
+
+def _is_dense(place: Place) -> bool:
+    """Whether a place is a linear layer that every token passes: no router, and none of several experts."""
+    return (place.kind in LINEAR or (place.kind == "matrix" and place.expert is None)) and place.role != "mlp.router"
+
+
+def _names(place: Place) -> Iterator[str]:
+    """What a path in a target may be: the module, and the name of one of its matrices with or without the expert."""
+    yield place.path
+    if place.name != place.path:
+        yield place.name
+        yield f"{place.path}.{place.parameter}"
 
 
 def _prefer_wholes(places: Iterable[Place]) -> list[Place]:
     """Drop the parts of fused projections that are there as a whole."""
     places = list(places)
-    wholes = {(place.path, place.kind) for place in places if place.part is None}
-    return [place for place in places if place.part is None or (place.path, place.kind) not in wholes]
+    wholes = {(place.name, place.kind) for place in places if place.part is None}
+    return [place for place in places if place.part is None or (place.name, place.kind) not in wholes]
 
 
 def anatomy(model: nn.Module) -> Anatomy:

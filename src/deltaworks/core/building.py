@@ -16,7 +16,7 @@ from deltaworks.core.forms import Replacement, Tuner
 from deltaworks.core.places import Place
 from deltaworks.core.registry import Config, OnTop
 from deltaworks.core.sites import Site
-from deltaworks.core.weights import WEIGHT_KINDS
+from deltaworks.core.weights import WEIGHT_KINDS, base_tensors
 
 
 @dataclass
@@ -55,7 +55,7 @@ class Builder:
             raise UserError(f"{names} stands on no method: write it behind one, as in 'lora+{names}'")
         replaced = {item.place.path for item in attached if isinstance(item.tuner, Replacement)}
         for place in self.anatomy.select(also, WEIGHT_KINDS) if also else []:
-            if place.part is None and place.path not in replaced:
+            if place.whole and place.path not in replaced:
                 item = self._make(Replacement, len(self.members), place, None)
                 assert item is not None
                 item.key += "<also>" * any(item.key == other.key for other in attached)
@@ -73,12 +73,28 @@ class Builder:
         tuner: Tuner | None = make(site)
         if tuner is None:
             return None
+        if place.kind == "matrix" and (unfit := _unfit(tuner, site)):
+            raise UserError(
+                f"{config} {unfit[0]}, but {place.name!r} is one matrix of a module that multiplies it in its own way: "
+                f"{unfit[1]}, or other targets"
+            )
         tuner.place, tuner.config = place, config
         tuner.train(self.model.training)
         self.taps += site.taps
-        key = place.path or "(model)"
+        key = place.name or "(model)"
         if place.part is not None:
             key += f"[{place.role}]"
         if sum(bool(other.kinds) for other in self.members) > 1 and member < len(self.members):
             key += f"<{member}>"
         return Attached(key, member, place, tuner)
+
+
+def _unfit(tuner: Tuner, site: Site) -> tuple[str, str] | None:
+    """What a tuner does that no single matrix of a module can hold, and the mend."""
+    if tuner.form() == 3:
+        return "changes what a layer computes, not its weight", "give a method that changes weights"
+    if tuner.dropout:
+        return "has dropout before the layer", "set dropout=0"
+    if tuner.gives("bias") and site.place.bias not in base_tensors(site.module) and tuner.bias(None) is not None:
+        return "adds a bias, for which the module has no place", "give options without it"
+    return None

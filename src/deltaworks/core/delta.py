@@ -18,17 +18,15 @@ from deltaworks.core.building import Attached, Builder
 from deltaworks.core.cutting import Cut, cut_tensors, shrink_as
 from deltaworks.core.errors import UserError
 from deltaworks.core.forms import Tuner
+from deltaworks.core.installing import alike, install, uninstall
 from deltaworks.core.marks import base_marks
-from deltaworks.core.places import Place, sees_whole_batch
+from deltaworks.core.places import sees_whole_batch
 from deltaworks.core.procedure import Procedure, Procedures
-from deltaworks.core.quantized import is_quantized
 from deltaworks.core.registry import Config, configure
 from deltaworks.core.replacing import dequantize
 from deltaworks.core.report import Report, report
 from deltaworks.core.sharding import whole
-from deltaworks.core.sites import is_causal
-from deltaworks.core.weights import base_tensors, effective, to_matrix
-from deltaworks.core.wrapping import unwrap, wrap
+from deltaworks.core.weights import base_tensors, matrix_of, to_matrix
 
 
 def attach(
@@ -64,7 +62,7 @@ def attach(
     also = [also] if isinstance(also, str) else list(also)
     with board.whole():
         delta = Delta(model, name, config, also, seed, board)
-    delta._install()
+    install(delta)
     delta.base = base_marks(delta)
     return delta
 
@@ -95,53 +93,6 @@ class Delta:
         tap = Tap(side, graded)
         self._taps.append((self.model.get_submodule(path), tap))
         return tap
-
-    def _install(self) -> None:
-        board, model = self.board, self.model
-        if not board.deltas:
-            board.frozen = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-            model.requires_grad_(False)
-            for layer in filter(is_quantized, list(model.modules())):  # gradients go through all of them
-                wrap(layer, board)
-        board.deltas[self.name] = self
-        for item in self.attached:
-            module: Any = model.get_submodule(item.place.path)
-            wrap(module, board)
-            if self.name not in module.deltas:
-                module.deltas[self.name] = nn.ModuleList()
-            module.deltas[self.name].append(item.tuner)
-            module._alike = _alike(module)
-            if item.place.kind == "sublayer" and item.place.entry is not None and "_entry_tap" not in module.__dict__:
-                tap = Tap("input")
-                module.__dict__["_entry_tap"] = tap
-                self._tap(model.get_submodule(item.place.entry), tap)
-            if item.place.kind == "trunk":
-                self._prepare_trunk(module, item.place)
-        for module, tap in self._taps:
-            self._tap(module, tap)
-        board.show([self.name])
-
-    def _tap(self, module: nn.Module, tap: Tap) -> None:
-        wrap(module, self.board)
-        module._taps.append(tap)  # type: ignore[union-attr, operator]
-
-    def _prepare_trunk(self, module: Any, place: Place) -> None:
-        decoders = [other for other in self.anatomy.places if other.kind == "trunk" and other.stack == "decoder"]
-        module._keeps_inserted = place.stack == "encoder" and bool(decoders)
-        if module._keeps_inserted:
-            for other in decoders:
-                decoder: Any = self.model.get_submodule(other.path)
-                wrap(decoder, self.board)
-                decoder._widens = True
-        module._counts_positions = is_causal(module) and "position_ids" in module._argument_names
-        for other in self.anatomy.places:
-            if other.role == "embedding.position" and other.stack == place.stack and other.kind == "embedding":
-                table: Any = self.model.get_submodule(other.path)
-                padding = getattr(table, "padding_idx", None)
-                if padding is not None and "position_ids" in module._argument_names:
-                    module._first_position = padding + 1
-                unused = getattr(table, "offset", 0) if padding is None else padding + 1
-                module._longest = base_tensors(table)["weight"].shape[0] - unused
 
     # ------------------------------------------------------------------ what it holds
 
@@ -234,7 +185,7 @@ class Delta:
         """To be called after tensors changed their shapes: decides again what one compiled graph can serve."""
         for path in self._paths():
             module: Any = self.model.get_submodule(path)
-            module._alike = _alike(module)
+            module._alike = alike(module)
 
     # ------------------------------------------------------------------ what can be done with it
 
@@ -318,46 +269,23 @@ class Delta:
         """Take the adapter off; the base is bit-identical to what it was, and this handle is spent."""
         if self.merged:
             self.unmerge()
-        board, model = self.board, self.model
-        if board.deltas.get(self.name) is not self:
+        if self.board.deltas.get(self.name) is not self:
             raise UserError(f"adapter {self.name!r} is detached already")
-        del board.deltas[self.name]
-        board.show(name for name in board.wanted if name != self.name)
-        touched = [model.get_submodule(path) for path in self._paths()]
-        for module in touched:
-            del module.deltas[self.name]  # type: ignore[union-attr, operator]
-            module._alike = _alike(module)  # type: ignore[assignment]
-        taps = {id(tap) for _, tap in self._taps}
-        for module in list(model.modules()):
-            if "_board" not in module.__dict__:
-                continue
-            entry = module.__dict__.get("_entry_tap")
-            if entry is not None and not len(module.deltas):  # type: ignore[arg-type]
-                taps.add(id(module.__dict__.pop("_entry_tap")))
-        trunks = [model.get_submodule(place.path) for place in self.anatomy.places if place.kind == "trunk"]
-        inserting = any("_board" in trunk.__dict__ and trunk._keeps_inserted and len(trunk.deltas) for trunk in trunks)  # type: ignore[arg-type]
-        for module in list(model.modules()):
-            if "_board" in module.__dict__:
-                module._taps = [tap for tap in module._taps if id(tap) not in taps]  # type: ignore
-                module._widens = bool(module._widens) and inserting  # type: ignore[assignment]
-                unwrap(module)
-        if not board.deltas:
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_(board.frozen.get(name, True))
+        uninstall(self)
 
     def change(self, item: Attached) -> Tensor | None:
         """The change of the weight at one place as a float64 matrix [out, in]; None for form 3."""
-        if item.tuner.form() == 3:
-            return None
-        module = self.model.get_submodule(item.place.path)
-        base: dict[str, Any] = {
-            name: None if tensor is None else tensor.detach().double() for name, tensor in base_tensors(module).items()
-        }
-        if base.get("weight") is None:
+        place, tuner = item.place, item.tuner
+        weight = base_tensors(self.model.get_submodule(place.path)).get(place.parameter)
+        if tuner.form() == 3 or weight is None:
             return None
         with torch.no_grad():
-            after = effective([item.tuner], dict(base))
-        return to_matrix(item.place.kind, after["weight"].double() - base["weight"])
+            if tuner.gives("tensor"):
+                whole = weight.double()
+                return to_matrix(place.kind, tuner.tensor(place.parameter, whole) - whole)
+            matrix = matrix_of(place, weight).double()
+            changes = tuner.gives("weight") or tuner.gives("factors")
+            return tuner.weight(matrix).double() - matrix if changes else torch.zeros_like(matrix)
 
     def report(self, *, ranks: bool = False) -> Report:
         """Counts by role: trainable, changed, stored bytes and, if asked, the rank of the change."""
@@ -389,14 +317,3 @@ class Delta:
         state = "merged" if self.merged else "acting" if self.name in self.board.active else "resting"
         sites = f"{len(self.attached)} sites, {state}"
         return f"Delta({self.name!r}: {self.config} on {type(self.model).__name__}, {sites})"
-
-
-def _alike(module: Any) -> bool:
-    """Whether all adapters of a module have tuners of the same shape, so that one graph can serve them."""
-    kinds = [[_signature(tuner) for tuner in tuners] for tuners in module.deltas.values()]
-    return all(kind == kinds[0] for kind in kinds[1:])
-
-
-def _signature(tuner: Tuner) -> tuple[Any, ...]:
-    shapes = [(name, tensor.shape) for name, tensor in (*tuner.named_parameters(), *tuner.named_buffers())]
-    return (type(tuner), tuner.place, str(tuner.config), shapes, tuner.constants())

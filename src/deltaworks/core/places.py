@@ -22,6 +22,7 @@ KINDS = (
     "block",
     "trunk",
     "parameters",
+    "matrix",
 )
 LINEAR = ("linear", "conv1d")
 
@@ -39,6 +40,12 @@ class Place:
         part: [start, stop) of the output features, for one projection inside a fused one.
         entry: for a sub-layer whose input is read by another module than `path`: that module's path.
         after_norm: for a sub-layer of a post-norm block: the norm applied to (its output + the residual).
+        parameter: name of the weight inside the module.
+        expert: index of the matrix in a weight that stacks those of many experts.
+        turned: whether that matrix is stored as [in, out].
+
+    Kind "parameters" is a module that multiplies its weights in its own way, as one place; kind "matrix" is one
+    matrix of it: of an expert, or of a MultiheadAttention.
     """
 
     path: str
@@ -49,6 +56,27 @@ class Place:
     part: tuple[int, int] | None = None
     entry: str | None = None
     after_norm: str | None = None
+    parameter: str = "weight"
+    expert: int | None = None
+    turned: bool = False
+
+    @property
+    def bias(self) -> str:
+        """Name of the bias that belongs to the weight, if the module has one."""
+        stem = self.parameter.removesuffix("weight")
+        return f"{stem}bias" if stem != self.parameter else f"{stem}_bias"
+
+    @property
+    def name(self) -> str:
+        """What files and targets call it: the path, and which weight of the module: ``mlp.experts.3.up_proj``."""
+        if self.expert is not None:
+            return f"{self.path}.{self.expert}.{self.parameter}"
+        return self.path if self.parameter == "weight" else f"{self.path}.{self.parameter}"
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is all that its module owns, and neither a part nor one of its matrices."""
+        return self.part is None and self.kind != "matrix"
 
 
 def kind_of(module: nn.Module) -> str | None:
@@ -110,5 +138,5 @@ def _forwards(kind: type[nn.Module]) -> Iterator[CodeType]:
 
 def sees_whole_batch(place: Place) -> bool:
     """Whether an operation works on more than the rows of a batch, or on something that all rows share."""
-    alone = ("sublayer", "block", "trunk", "keyvalue", "parameters")
+    alone = ("sublayer", "block", "trunk", "keyvalue", "parameters", "matrix")
     return place.kind in alone or place.role in ("embedding.position", "embedding.bias")

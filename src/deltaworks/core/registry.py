@@ -149,7 +149,8 @@ def method(
     """Register a configuration class as a method.
 
     ``family`` is its place in the taxonomy ("reparametrized/low-rank"); ``paper`` author, year and arXiv number;
-    ``kinds`` the kinds of places it can stand around; ``identity`` whether the model's output is unchanged at
+    ``kinds`` the kinds of places it can stand around (what changes the weight of a linear can change that of an
+    expert, so "matrix" goes without saying); ``identity`` whether the model's output is unchanged at
     step 0; ``learning_rate`` a default found by running, among the rates ``tried``; ``limits`` what it cannot do
     ("merge", "rows", "generate", "compile", "checkpointing", "bfloat16", "family:NAME" or "nothing" to tune), each
     with the sentence that its error says; ``small`` options that suit a model of width 32, where the defaults do not.
@@ -159,6 +160,8 @@ def method(
         config = dataclass(kw_only=True)(config)  # type: ignore[assignment]
         config.name, config.family, config.paper = name, family, paper
         config.kinds, config.identity = tuple(kinds), identity
+        if "linear" in kinds and "parameters" not in kinds and (tuner is None or _makes_a_weight(tuner)):
+            config.kinds = tuple(dict.fromkeys((*kinds, "matrix")))
         config.learning_rate, config.tried = learning_rate, tuple(tried)
         config.limits, config.small, config.tuner_class = dict(limits or {}), dict(small or {}), tuner
         if name in _registry and _registry[name].__module__ != config.__module__:
@@ -167,6 +170,10 @@ def method(
         return config
 
     return register
+
+
+def _makes_a_weight(tuner: type[Tuner]) -> bool:
+    return tuner.gives("weight") or tuner.gives("factors")
 
 
 def registry() -> dict[str, type[Config]]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from deltaworks.core.sharding import size_of
+from deltaworks.core.weights import matrix_of
 
 if TYPE_CHECKING:
     from deltaworks.core.delta import Delta
@@ -93,9 +94,12 @@ def report(delta: Delta, *, ranks: bool = False) -> Report:
         trainable = sum(p.numel() for p in fresh)
         row.trainable += trainable
         module = delta.model.get_submodule(item.place.path)
-        weight = module._parameters.get("weight")
-        if item.tuner.form() == 3 or weight is None or weight.device.type == "meta":
-            row.changed += trainable if item.tuner.form() == 3 or weight is None else weight.numel()
+        weight = module._parameters.get(item.place.parameter)
+        if item.tuner.form() == 3 or weight is None:
+            row.changed += trainable
+            continue
+        if weight.device.type == "meta":
+            row.changed += matrix_of(item.place, weight).numel()
             continue
         if item.tuner.gives("weight") or item.tuner.gives("factors") or item.tuner.gives("tensor"):
             change = delta.change(item)

@@ -50,8 +50,7 @@ def run_weights(module: Any, run: Callable[..., Any], tuners: list[Any], args: t
         return operation(x)
 
     base: Callable[[Any], Tensor] = plain
-    heavy = [tuner for tuner in tuners if tuner.form() == 2 and not tuner.gives("around")]
-    heavy += [tuner for tuner in tuners if tuner.form() == 1 and not has_product(module, tuner)]
+    heavy = [tuner for tuner in tuners if acts_inside(module, tuner)]
     if heavy:
 
         def weighted(x: Any) -> Tensor:
@@ -68,6 +67,13 @@ def run_weights(module: Any, run: Callable[..., Any], tuners: list[Any], args: t
         if tuner not in heavy:
             base = functools.partial(run_light, module, tuner, base)
     return operation.replaced(base(operation.x))
+
+
+def acts_inside(module: Any, tuner: Any) -> bool:
+    """Whether a tuner acts through the effective weight, rather than beside or around the operation."""
+    if tuner.place.kind == "matrix":
+        return True
+    return not has_product(module, tuner) if tuner.form() == 1 else tuner.form() == 2 and not tuner.gives("around")
 
 
 def run_dense(module: Any, tuners: list[Any], x: Tensor) -> Tensor:

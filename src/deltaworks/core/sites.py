@@ -14,7 +14,7 @@ from deltaworks.core.board import Tap
 from deltaworks.core.errors import UserError
 from deltaworks.core.paths import parent_of
 from deltaworks.core.places import LINEAR, Place, features_of
-from deltaworks.core.weights import base_tensors, part_of, to_matrix
+from deltaworks.core.weights import base_tensors, matrix_of, part_of
 
 
 class Site:
@@ -44,7 +44,7 @@ class Site:
     @property
     def matrix(self) -> Tensor:
         """The base weight as the matrix [out, in] that a tuner's ``weight`` gets (1-D for norms)."""
-        return part_of(self.place, to_matrix(self.place.kind, base_tensors(self.module)["weight"]))
+        return matrix_of(self.place, base_tensors(self.module)[self.place.parameter])
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -57,8 +57,8 @@ class Site:
     @property
     def bias(self) -> Tensor | None:
         """The base bias [out], if there is one."""
-        bias = base_tensors(self.module).get("bias")
-        return bias if bias is None else part_of(self.place, bias)
+        bias, expert = base_tensors(self.module).get(self.place.bias), self.place.expert
+        return bias if bias is None else part_of(self.place, bias if expert is None else bias[expert])
 
     @property
     def width(self) -> int:
@@ -93,7 +93,7 @@ class Site:
         out, inner = self.shape
         if rank > min(out, inner):
             raise UserError(
-                f"rank {rank} is larger than {self.place.path!r} allows ({out} x {inner}): "
+                f"rank {rank} is larger than {self.place.name!r} allows ({out} x {inner}): "
                 f"use at most {min(out, inner)}, or other targets"
             )
 
@@ -119,7 +119,7 @@ class Site:
     def generator(self) -> torch.Generator:
         """Random numbers (on the CPU) that depend on the adapter's seed and on this place alone."""
         if self._generator is None:
-            name = f"{self.seed}/{self.place.path}/{self.place.role}"
+            name = f"{self.seed}/{self.place.name}/{self.place.role}"
             self._generator = torch.Generator().manual_seed(stable_hash(name))
         return self._generator
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from deltaworks.core import families
 from deltaworks.core.blocks import block_places
+from deltaworks.core.matrices import matrices
 from deltaworks.core.paths import ancestors, contains, join, name_of, parent_of
 from deltaworks.core.places import KINDS, LINEAR, Place, features_of, is_early_norm, kind_of
 from deltaworks.core.stacks import find_stacks, find_trunks, has_final_norm
@@ -44,6 +45,7 @@ def find_places(model: nn.Module) -> tuple[list[Place], dict[str, list[str]]]:
     outside = {path: module for path, module in modules.items() if path not in inside}
     containers = [container for lists in stacks.values() for container in lists]
     places += _outside_places(outside, containers, trunks, order)
+    places += [matrix for place in places for matrix in matrices(modules, place)]
     places.sort(key=lambda place: order[place.path])
     return places, blocks
 

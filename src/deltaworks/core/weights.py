@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from deltaworks.core.forms import Factors
 from deltaworks.core.places import Place
 from deltaworks.core.quantized import dense_weight, is_quantized
 
-WEIGHT_KINDS = ("linear", "conv1d", "conv2d", "embedding", "norm", "parameters")
+WEIGHT_KINDS = ("linear", "conv1d", "conv2d", "embedding", "norm", "parameters", "matrix")
 
 
 def base_tensors(module: nn.Module) -> dict[str, Any]:
@@ -46,27 +47,99 @@ def with_part(place: Place, whole: Tensor, part: Tensor) -> Tensor:
     return torch.cat([whole[: place.part[0]], part, whole[place.part[1] :]])
 
 
+def matrix_of(place: Place, parameter: Tensor) -> Tensor:
+    """The matrix [out, in] that a tuner at ``place`` sees, of the parameter that holds it (1-D for norms)."""
+    parameter = parameter if place.expert is None else parameter[place.expert]
+    return part_of(place, to_matrix(place.kind, parameter.mT if place.turned else parameter))
+
+
+class Changing:
+    """A module's parameters while its tuners change them; the matrices of experts lie apart until the end."""
+
+    def __init__(self, tensors: Mapping[str, Any]) -> None:
+        self.tensors = dict(tensors)
+        self.apart: dict[str, list[Tensor]] = {}
+
+    def read(self, name: str, expert: int | None) -> Any:
+        if expert is None:
+            return self.tensors.get(name)
+        if name not in self.apart:
+            if self.tensors.get(name) is None:
+                return None
+            self.apart[name] = list(self.tensors[name].unbind())
+        return self.apart[name][expert]
+
+    def write(self, name: str, expert: int | None, value: Tensor) -> None:
+        if expert is None:
+            self.tensors[name] = value
+        else:
+            self.apart[name][expert] = value
+
+    def result(self) -> dict[str, Any]:
+        return self.tensors | {name: torch.stack(pieces) for name, pieces in self.apart.items()}
+
+
 def effective(tuners: list[Any], tensors: dict[str, Any]) -> dict[str, Any]:
     """The module's parameters with the form 1 and 2 tuners applied, in order."""
-    changed = dict(tensors)
+    if tuners and all(is_expert_product(tuner) for tuner in tuners):
+        return with_products(tuners, tensors)
+    changing = Changing(tensors)
     for tuner in tuners:
-        place = tuner.place
         if tuner.gives("weight") or tuner.gives("factors"):
-            whole = to_matrix(place.kind, changed["weight"])
-            new = tuner.weight(part_of(place, whole)).to(whole.dtype)
-            changed["weight"] = from_matrix(place.kind, with_part(place, whole, new), tensors["weight"])
+            change_weight(tuner, changing)
         if tuner.gives("bias"):
-            bias = changed.get("bias")
-            if bias is None and place.part is not None:
-                bias = torch.zeros_like(changed["weight"][0])
-            new = tuner.bias(bias if bias is None else part_of(place, bias))
-            if new is not None:
-                new = new.to(tensors["weight"].dtype)
-                changed["bias"] = new if bias is None else with_part(place, bias, new)
+            change_bias(tuner, changing, tensors[tuner.place.parameter])
         if tuner.gives("tensor"):
-            for name, tensor in changed.items():
+            for name, tensor in changing.tensors.items():
                 if tensor is not None:
-                    changed[name] = tuner.tensor(name, tensor)
+                    changing.tensors[name] = tuner.tensor(name, tensor)
+    return changing.result()
+
+
+def change_weight(tuner: Any, changing: Changing) -> None:
+    place = tuner.place
+    held = changing.read(place.parameter, place.expert)
+    whole = to_matrix(place.kind, held.mT if place.turned else held)
+    new = with_part(place, whole, tuner.weight(part_of(place, whole)).to(whole.dtype))
+    new = from_matrix(place.kind, new, held)
+    changing.write(place.parameter, place.expert, new.mT if place.turned else new)
+
+
+def change_bias(tuner: Any, changing: Changing, weight: Tensor) -> None:
+    place = tuner.place
+    whole = changing.read(place.bias, place.expert)
+    if whole is None and place.part is not None:
+        whole = weight.new_zeros(to_matrix(place.kind, weight).shape[0])
+    new = tuner.bias(whole if whole is None else part_of(place, whole))
+    if new is not None:
+        new = new.to(weight.dtype)
+        changing.write(place.bias, place.expert, new if whole is None else with_part(place, whole, new))
+
+
+def is_expert_product(tuner: Any) -> bool:
+    """Whether a tuner does nothing but add its product to the matrix of an expert, so that order does not matter."""
+    return tuner.place.expert is not None and tuner.form() == 1 and not (tuner.gives("weight") or tuner.gives("bias"))
+
+
+def with_products(tuners: list[Any], tensors: dict[str, Any]) -> dict[str, Any]:
+    """The same where every tuner is a product: one batched product for all experts that share a shape."""
+    batches: dict[Hashable, list[tuple[Place, Factors]]] = {}
+    for tuner in tuners:
+        place, factors = tuner.place, tuner.factors()
+        key = (place.parameter, place.part, factors.A.shape, factors.B.shape)
+        batches.setdefault(key, []).append((place, factors))
+    changed = dict(tensors)
+    for members in batches.values():
+        place = members[0][0]
+        held = changed[place.parameter]
+        experts = torch.tensor([place.expert for place, _ in members], device=held.device)
+        A = torch.stack([factors.A for _, factors in members])
+        B = torch.stack([factors.B * factors.scale for _, factors in members])
+        change = torch.bmm(B, A).to(held.dtype)  # [experts, out, in]
+        if place.part is not None:
+            start, stop = place.part
+            change = F.pad(change, (0, 0, start, held.shape[2 if place.turned else 1] - stop))
+        changed[place.parameter] = held.index_add(0, experts, change.mT if place.turned else change)
     return changed
 
 

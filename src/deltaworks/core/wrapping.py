@@ -21,6 +21,7 @@ from deltaworks.core.layers import at_strength
 from deltaworks.core.quantized import is_quantized, product, steady
 from deltaworks.core.running import RUNNERS, run_rows
 from deltaworks.core.trunks import widened
+from deltaworks.core.weights import base_tensors, effective
 
 
 class Selected:
@@ -65,6 +66,8 @@ def forward_wrapped(module: Any, run: Callable[..., Any], args: tuple[Any, ...],
             tap.value = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
     if module._widens:
         kwargs = widened(module, args, kwargs)
+    if module._reads:
+        run = functools.partial(_run_reading, module, run)
     if is_quantized(module):
         run = functools.partial(product, module, run)
     board: Board = module._board
@@ -127,6 +130,22 @@ def _restored(cls: type[nn.Module], names: tuple[str, ...], attends: bool) -> nn
     return made.__new__(made)
 
 
+def _run_reading(module: Any, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The forward of a module that reads the parameters of others without calling them."""
+    held = [(other, tuners) for other in module._reads if (tuners := acting(other))]
+    for other, tuners in held:
+        other._effective = effective(tuners, base_tensors(other))
+    try:
+        return run(*args, **kwargs)
+    finally:
+        for other, _ in held:
+            other._effective = None
+
+
+def _no_fast_path(*_: Any) -> None:
+    """A hook that is never called: torch's encoder layer takes its fast path, past our forwards, if it has none."""
+
+
 def is_wrapped(module: nn.Module) -> bool:
     return "_board" in module.__dict__
 
@@ -144,6 +163,7 @@ def wrap(module: Any, board: Board) -> None:
         "_taps": [],
         "_alike": False,
         "_widens": False,
+        "_reads": [],
         "_keeps_inserted": False,
         "_counts_positions": False,
         "_longest": None,
@@ -156,6 +176,7 @@ def wrap(module: Any, board: Board) -> None:
         state |= {"_attending": None, "_config_view": ConfigView(module.config)}
     module.__dict__.update(state)
     module.deltas = nn.ModuleDict()
+    module.deltas.register_forward_pre_hook(_no_fast_path)
     module.__class__ = wrapped_class(plain, tuple(module._parameters), attends)  # type: ignore[arg-type]
 
 
@@ -167,7 +188,9 @@ def stand_in(new: Any, module: Any) -> None:
 
 def unwrap(module: Any) -> None:
     """Give the module its own class back once nothing stands around it."""
-    if len(module.deltas) or module._taps or module._widens or (is_quantized(module) and module._board.deltas):
+    reads = any(is_wrapped(other) and len(other.deltas) for other in module._reads)
+    quantized = is_quantized(module) and module._board.deltas
+    if len(module.deltas) or module._taps or module._widens or reads or quantized:
         return
     if module._repacks:
         module.support_avx512bf16_for_cpu = True
@@ -183,6 +206,7 @@ STATE = (
     "_taps",
     "_alike",
     "_widens",
+    "_reads",
     "_keeps_inserted",
     "_counts_positions",
     "_longest",

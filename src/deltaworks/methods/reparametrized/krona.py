@@ -73,7 +73,8 @@ class KroneckerTuner(WeightTuner):
         return base(x) + kronecker(x, A.to(x.dtype), (self.scale * B).to(x.dtype))
 
 
-TUNERS = {"linear": KroneckerTuner, "conv1d": KroneckerTuner, "conv2d": WeightTuner, "embedding": WeightTuner}
+TUNERS: dict[str, type[WeightTuner]] = dict.fromkeys(("linear", "conv1d"), KroneckerTuner)
+TUNERS |= dict.fromkeys(("conv2d", "embedding", "matrix"), WeightTuner)
 
 
 @method(
@@ -116,8 +117,8 @@ class LoKr(Config):
 
     def tuner(self, site: Site) -> Tuner:
         out, inner = site.shape
-        weight = base_tensors(site.module)["weight"]
-        channels = weight.shape[1] if site.place.kind == "conv2d" else inner  # type: ignore[union-attr]  # kernel in B
+        weight = base_tensors(site.module)[site.place.parameter]
+        channels = weight.shape[1] if site.place.kind == "conv2d" else inner  # the kernel lies in B
         a1, a2 = (max(d for d in divisors(n) if d * d <= n and d <= (self.factor or n)) for n in (out, channels))
         low = self.rank < max(out // a1, channels // a2) / 2, self.both and self.rank < max(a1, a2) / 2
         B = (out // a1, self.rank, inner // a2) if low[0] else (out // a1, inner // a2)

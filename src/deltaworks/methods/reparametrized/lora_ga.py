@@ -20,7 +20,7 @@ from deltaworks.core.forms import Factors
 from deltaworks.core.procedure import Procedure, Run
 from deltaworks.core.registry import method, option
 from deltaworks.core.sites import Site, stable_hash
-from deltaworks.core.weights import part_of, to_matrix
+from deltaworks.core.weights import base_tensors, matrix_of
 from deltaworks.methods.reparametrized.lora import LoRATuner, LowRank
 
 
@@ -81,14 +81,15 @@ class GradientStart(Procedure):
     def begin(self, run: Run) -> None:
         if self.started:
             return  # loaded with its start
-        weights: list[Any] = [self.delta.model.get_submodule(i.place.path)._parameters["weight"] for i in self.items]
-        unique = list({id(weight): weight for weight in weights}.values())  # parts of a fused projection share theirs
+        places, model = [item.place for item in self.items], self.delta.model
+        weights = [base_tensors(model.get_submodule(place.path))[place.parameter] for place in places]
+        unique = list({id(weight): weight for weight in weights}.values())  # parts and experts share theirs
         sums, seen = summed_gradients(self.delta.model, unique, run, self.config.batches)
         gradients = {id(weight): total / seen for weight, total in zip(unique, sums, strict=True)}
         with torch.random.fork_rng():
             torch.manual_seed(stable_hash(f"{self.delta.seed}/lora-ga"))
             for item, weight in zip(self.items, weights, strict=True):
-                matrix = part_of(item.place, to_matrix(item.place.kind, gradients[id(weight)]))
+                matrix = matrix_of(item.place, gradients[id(weight)])
                 self.shares[item.key] = item.tuner.start(matrix, self.config.directions, self.config.gamma)
         self.delta.reshaped()
 

@@ -35,7 +35,7 @@ class BitFitTuner(Tuner):
     "bitfit",
     family="selective",
     paper="Ben Zaken et al., 2021, arXiv:2106.10199",
-    kinds=("linear", "conv1d", "conv2d", "norm", "parameters"),
+    kinds=("linear", "conv1d", "conv2d", "norm", "parameters", "matrix"),
     learning_rate=3e-3,
     tried=(1e-3, 3e-3, 1e-2),
     limits={"nothing": "none of the targets has a bias: add=true adds biases that start at zero, or choose 'ln'"},
@@ -51,5 +51,5 @@ class BitFit(Config):
 
     def tuner(self, site: Site) -> Tuner | None:
         missing = site.bias is None
-        addable = missing and self.add and site.place.kind != "norm" and "bias" in base_tensors(site.module)
+        addable = missing and self.add and site.place.kind != "norm" and site.place.bias in base_tensors(site.module)
         return BitFitTuner(site) if not missing or addable else None

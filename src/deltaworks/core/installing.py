@@ -1,0 +1,128 @@
+"""Putting an adapter's tuners around the modules of its model, and taking them off again without a trace."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from deltaworks.core.board import Board, Tap
+from deltaworks.core.forms import Tuner
+from deltaworks.core.matrices import is_read
+from deltaworks.core.paths import parent_of
+from deltaworks.core.places import Place
+from deltaworks.core.quantized import is_quantized
+from deltaworks.core.sites import is_causal
+from deltaworks.core.weights import base_tensors
+from deltaworks.core.wrapping import is_wrapped, unwrap, wrap
+
+if TYPE_CHECKING:
+    from deltaworks.core.delta import Delta
+
+
+def install(delta: Delta) -> None:
+    """Wrap what an adapter stands around, freeze the base, and let the adapter act alone."""
+    board, model = delta.board, delta.model
+    if not board.deltas:
+        _freeze(model, board)
+    board.deltas[delta.name] = delta
+    for item in delta.attached:
+        place = item.place
+        module = _with_tuner(delta, place, item.tuner)
+        if place.kind == "sublayer" and place.entry is not None and "_entry_tap" not in module.__dict__:
+            tap = Tap("input")
+            module.__dict__["_entry_tap"] = tap
+            _tap(model.get_submodule(place.entry), tap, board)
+        if place.kind == "trunk":
+            _prepare_trunk(delta, module, place)
+    for watched, tap in delta._taps:
+        _tap(watched, tap, board)
+    board.show([delta.name])
+
+
+def _freeze(model: nn.Module, board: Board) -> None:
+    board.frozen = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    model.requires_grad_(False)
+    # torch's encoder would give its layers nested tensors, which only their fast path can take
+    board.nesting = [module for module in model.modules() if getattr(module, "use_nested_tensor", False)]
+    for module in board.nesting:
+        module.use_nested_tensor = False  # type: ignore[assignment]
+    for layer in filter(is_quantized, list(model.modules())):  # gradients go through all of them
+        wrap(layer, board)
+
+
+def _with_tuner(delta: Delta, place: Place, tuner: Tuner) -> Any:
+    """The module at a place, wrapped, with one tuner more."""
+    module: Any = delta.model.get_submodule(place.path)
+    wrap(module, delta.board)
+    if delta.name not in module.deltas:
+        module.deltas[delta.name] = nn.ModuleList()
+    module.deltas[delta.name].append(tuner)
+    module._alike = alike(module)
+    reader: Any = delta.model.get_submodule(parent_of(place.path))
+    if is_read(reader, place.path):
+        wrap(reader, delta.board)
+        reader._reads = [*(other for other in reader._reads if other is not module), module]
+    return module
+
+
+def _tap(module: nn.Module, tap: Tap, board: Board) -> None:
+    wrap(module, board)
+    module._taps.append(tap)  # type: ignore[union-attr, operator]
+
+
+def _prepare_trunk(delta: Delta, module: Any, place: Place) -> None:
+    places, model = delta.anatomy.places, delta.model
+    decoders = [other for other in places if other.kind == "trunk" and other.stack == "decoder"]
+    module._keeps_inserted = place.stack == "encoder" and bool(decoders)
+    if module._keeps_inserted:
+        for other in decoders:
+            decoder: Any = model.get_submodule(other.path)
+            wrap(decoder, delta.board)
+            decoder._widens = True
+    module._counts_positions = is_causal(module) and "position_ids" in module._argument_names
+    for other in places:
+        if other.role == "embedding.position" and other.stack == place.stack and other.kind == "embedding":
+            table: Any = model.get_submodule(other.path)
+            padding = getattr(table, "padding_idx", None)
+            if padding is not None and "position_ids" in module._argument_names:
+                module._first_position = padding + 1
+            unused = getattr(table, "offset", 0) if padding is None else padding + 1
+            module._longest = base_tensors(table)["weight"].shape[0] - unused
+
+
+def uninstall(delta: Delta) -> None:
+    """Take an adapter off. With the last one all wrappers go, and the base is as trainable as it was."""
+    board, model = delta.board, delta.model
+    del board.deltas[delta.name]
+    board.show(name for name in board.wanted if name != delta.name)
+    for path in delta._paths():
+        module: Any = model.get_submodule(path)
+        del module.deltas[delta.name]
+        module._alike = alike(module)
+    wrapped: list[Any] = [module for module in model.modules() if is_wrapped(module)]
+    taps = {id(tap) for _, tap in delta._taps}
+    for module in wrapped:
+        if "_entry_tap" in module.__dict__ and not len(module.deltas):
+            taps.add(id(module.__dict__.pop("_entry_tap")))
+    inserting = any(module._keeps_inserted and len(module.deltas) for module in wrapped)
+    for module in wrapped:
+        module._taps = [tap for tap in module._taps if id(tap) not in taps]
+        module._widens = module._widens and inserting
+        unwrap(module)
+    if not board.deltas:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(board.frozen.get(name, True))
+        for module in board.nesting:
+            module.use_nested_tensor = True
+
+
+def alike(module: Any) -> bool:
+    """Whether all adapters of a module have tuners of the same shape, so that one graph can serve them."""
+    kinds = [[_signature(tuner) for tuner in tuners] for tuners in module.deltas.values()]
+    return all(kind == kinds[0] for kind in kinds[1:])
+
+
+def _signature(tuner: Tuner) -> tuple[Any, ...]:
+    shapes = [(name, tensor.shape) for name, tensor in (*tuner.named_parameters(), *tuner.named_buffers())]
+    return (type(tuner), tuner.place, str(tuner.config), shapes, tuner.constants())
