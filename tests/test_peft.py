@@ -49,13 +49,23 @@ def trained(model: nn.Module, config: Any) -> nn.Module:
 @torch.no_grad()
 def logits(name: str, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     """The outputs at the text's own tokens: peft keeps those of virtual tokens."""
-    inputs = {key: value for key, value in inputs.items() if key != "labels" or name == "t5"}
-    found = output_of(name, model, inputs)
-    return found[:, -inputs["input_ids"].shape[1] :] if found.dim() == 3 and name != "t5" else found
+    found = output_of(name, model, {k: v for k, v in inputs.items() if k != "labels" or name == "t5"})
+    if found.dim() == 2 or name == "t5":
+        return found
+    return found[:, -inputs["input_ids"].shape[1] :][inputs["attention_mask"] == 1]
 
 
 def lora(**changes: Any) -> Callable[[], Any]:
     return lambda: peft.LoraConfig(**{"target_modules": ["q_proj", "v_proj"], "r": 4} | changes)
+
+
+def of(kind: str, **options: Any) -> Callable[[], Any]:
+    """A configuration of another type; by default of the keys' and values' inputs."""
+    return lambda: getattr(peft, f"{kind}Config")(**{"target_modules": ["q_proj", "v_proj"]} | options)
+
+
+def prompt(task: str) -> Callable[[], Any]:
+    return lambda: peft.PromptTuningConfig(task_type=task, num_virtual_tokens=3)
 
 
 CAUSAL, CLASSES = "CAUSAL_LM", "SEQ_CLS"
@@ -86,6 +96,37 @@ CASES: dict[str, tuple[str, Callable[[], Any]]] = {
     "lora-bias-own": ("bert", lora(target_modules=["query", "dense"], bias="lora_only")),
     "lora-bias-all": ("bert", lora(target_modules=["query", "value"], bias="all", task_type=CLASSES)),
     "lora-t5": ("t5", lora(target_modules=["q", "v"], task_type="SEQ_2_SEQ_LM")),
+    "adalora": ("llama", of("AdaLora", target_r=3, init_r=5, lora_alpha=12, total_step=10)),
+    "adalora-conv1d": ("gpt2", of("AdaLora", target_modules=["c_attn"], total_step=10, task_type=CAUSAL)),
+    "loha": ("llama", of("LoHa", r=4, alpha=6, rank_pattern={"v_proj": 2})),
+    "loha-conv2d": ("convnet", of("LoHa", r=4, target_modules=["stem", "conv1"])),
+    "lokr": ("llama", of("LoKr", r=2, alpha=6, target_modules=["q_proj", "up_proj"])),
+    "lokr-both": ("llama", of("LoKr", r=1, alpha=3, decompose_both=True, decompose_factor=4)),
+    "lokr-whole": ("llama", of("LoKr", r=64, alpha=16, alpha_pattern={"v_proj": 8})),
+    "lokr-conv2d": ("convnet", of("LoKr", r=2, alpha=6, target_modules=["stem", "conv1"])),
+    "vera": ("llama", of("Vera", r=8, target_modules=["q_proj", "down_proj"], projection_prng_key=5)),
+    "vera-conv1d": ("gpt2", of("Vera", r=8, target_modules=["c_attn"], save_projection=False, bias="vera_only")),
+    "oft": ("llama", of("OFT", oft_block_size=8)),
+    "oft-exact": ("bert", of("OFT", r=4, oft_block_size=0, use_cayley_neumann=False, target_modules=["key"])),
+    "oft-shared": ("llama", of("OFT", oft_block_size=8, block_share=True, coft=True, eps=1e-2)),
+    "boft": ("bert", of("BOFT", boft_block_size=8, target_modules=["query", "output.dense"], bias="boft_only")),
+    "hra": ("llama", of("HRA", r=4)),
+    "hra-orthogonal": ("llama", of("HRA", r=4, apply_GS=True)),
+    "hra-conv2d": ("convnet", of("HRA", r=4, target_modules=["conv1"])),
+    "fourierft": ("llama", of("FourierFT", n_frequency=40, n_frequency_pattern={"v_proj": 20})),
+    "fourierft-conv1d": ("gpt2", of("FourierFT", n_frequency=40, target_modules=["c_attn"], random_loc_seed=3)),
+    "miss": ("llama", of("Miss", r=8)),
+    "miss-mini": ("llama", of("Miss", r=8, mini_r=4, init_weights="mini")),
+    "miss-bat": ("llama", of("Miss", r=8, init_weights="bat")),
+    "ia3": ("llama", of("IA3", target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"])),
+    "ia3-others": ("bert", of("IA3", target_modules=["key", "output.dense"], feedforward_modules=["output.dense"])),
+    "ia3-conv1d": ("gpt2", of("IA3", target_modules=["c_attn", "mlp.c_proj"], feedforward_modules=["mlp.c_proj"])),
+    "ln": ("llama", of("LNTuning", target_modules=["input_layernorm", "norm"], task_type=CAUSAL)),
+    "ln-shifts": ("bert", of("LNTuning", target_modules=["LayerNorm"], task_type=CLASSES)),
+    "prompt": ("llama", prompt(CAUSAL)),
+    "prompt-absolute": ("gpt2", prompt(CAUSAL)),
+    "prompt-classifier": ("bert", prompt(CLASSES)),
+    "prompt-t5": ("t5", prompt("SEQ_2_SEQ_LM")),
     "lora-vit": ("vit", lora(target_modules="all-linear", modules_to_save=["classifier"])),
 }
 

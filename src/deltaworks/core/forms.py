@@ -62,7 +62,8 @@ class Tokens(NamedTuple):
 
     Shapes: embeds [batch, length, width]; mask [batch, cached + length] or None. ``cached`` counts the positions
     that a key/value cache already holds. ``inserted`` is (position, count) of virtual tokens, which the engine
-    removes from the output again. ``arguments`` are all that the trunk was called with, by name.
+    removes from the output again unless they are ``kept``. ``arguments`` are all that the trunk was called with, by
+    name.
     """
 
     embeds: Tensor
@@ -70,8 +71,9 @@ class Tokens(NamedTuple):
     cached: int
     inserted: tuple[int, int] = (0, 0)
     arguments: Mapping[str, Any] = MappingProxyType({})
+    kept: bool = False
 
-    def insert(self, prompt: Tensor, at: int = 0) -> Tokens:
+    def insert(self, prompt: Tensor, at: int = 0, *, kept: bool = False) -> Tokens:
         """The same input with virtual tokens ``prompt`` [count, width] in front of each row's real token ``at``.
 
         While decoding with a cache, which holds them already, they are only noted. Raises UserError where other
@@ -82,7 +84,7 @@ class Tokens(NamedTuple):
         position, count = self.inserted
         if count and position != at:
             raise UserError(f"virtual tokens stand at position {position} already, so none can stand at {at}")
-        noted = self._replace(inserted=(at, count + prompt.shape[-2]))
+        noted = self._replace(inserted=(at, count + prompt.shape[-2]), kept=kept or self.kept)
         if self.cached:
             return noted
         prompt = prompt.to(self.embeds.dtype).expand(self.embeds.shape[0], *prompt.shape[-2:])

@@ -31,7 +31,7 @@ def run_trunk(module: Any, run: Callable[..., Any], tuners: list[Any], args: tup
             new |= {"input_ids": None, "inputs_embeds": tokens.embeds}
         result[0] = run(**call | new)
         at, count = tokens.inserted
-        if count and not tokens.cached and not module._keeps_inserted:
+        if count and not tokens.cached and not tokens.kept and not module._keeps_inserted:
             return removed(result[0][0], at, count, mask)
         return result[0][0]
 

@@ -26,10 +26,11 @@ class Projection(nn.Module):
     def __init__(self, site: Site, config: "VeRA") -> None:
         super().__init__()
         outs, inners = zip(*(site.at(place).shape for place in config.places(site.anatomy)), strict=True)
-        A = site.uniform(config.rank, max(inners), bound=(6 / max(inners)) ** 0.5)
-        B = site.uniform(max(outs), config.rank, bound=(6 / config.rank) ** 0.5)
-        self.register_buffer("A", A.detach(), persistent=False)
-        self.register_buffer("B", B.detach(), persistent=False)
+        A, B = torch.empty(config.rank, max(inners)), torch.empty(max(outs), config.rank)
+        generator = torch.Generator().manual_seed(site.seed)  # as huggingface/peft draws them from its key
+        for name, matrix in (("A", A), ("B", B)):
+            bound = (6 / matrix.shape[1]) ** 0.5
+            self.register_buffer(name, matrix.uniform_(-bound, bound, generator=generator).to(site.device), False)
 
 
 class VeRATuner(Tuner):

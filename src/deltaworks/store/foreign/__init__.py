@@ -17,7 +17,8 @@ files, and the errors that list what is extra, missing or misshapen). What a con
 that says what and how much; what it cannot express is a UserError.
 
 The format of huggingface/peft is ``peft``; its methods are the rows of one table, ``peft_types.TYPES``: the fields of
-the configuration beside our options, and the names of the tensors beside ours.
+the configuration beside our options, and the names of the tensors beside ours. Files of ``diffusers`` hold the same
+tensors and configurations, for the parts of a pipeline.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from typing import Any
 
 from deltaworks.core.errors import UserError, nearest
 
-FORMATS = ("peft",)
+FORMATS = ("peft", "diffusers")
 """The modules of this folder that are formats."""
 
 

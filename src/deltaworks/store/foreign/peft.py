@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from deltaworks.core.delta import Delta, attach
@@ -19,7 +20,7 @@ from deltaworks.core.registry import Config
 from deltaworks.store.files import check_writable, read_json
 from deltaworks.store.foreign import lost
 from deltaworks.store.foreign.peft_config import STARTS, Plan, as_plain, plan, row_of, usual_targets
-from deltaworks.store.foreign.peft_slots import PREFIX, slots, without_repeated
+from deltaworks.store.foreign.peft_slots import slots, without_repeated
 from deltaworks.store.foreign.peft_written import written
 from deltaworks.store.foreign.tensors import check_fit, read_tensors, write_json, write_tensors
 
@@ -62,11 +63,15 @@ def read(model: nn.Module, folder: Path, name: str) -> Delta:
             f"{str(folder / PICKLED)!r} is a pickle, which can run any code and is not read here: load it with peft "
             "and save it again, as safetensors"
         )
-    tensors = read_tensors(folder / WEIGHTS)
-    made = plan(data, model, _resized(model, data, tensors))
+    return attached(model, data, read_tensors(folder / WEIGHTS), folder / WEIGHTS, name)
+
+
+def attached(model: nn.Module, data: Mapping[str, Any], tensors: dict[str, Any], path: Path, name: str) -> Delta:
+    """Attach what a configuration and the tensors of a file say. Raises UserError as ``read`` does."""
+    made = plan(data, model, _resized(model, row_of(data).prefix, tensors))
     delta = attach(model, made.config, name=name, also=made.also, seed=made.seed or 0)
     try:
-        _fill(delta, folder / WEIGHTS, made, tensors)
+        _fill(delta, path, made, tensors)
     except BaseException:
         delta.detach()
         raise
@@ -75,13 +80,18 @@ def read(model: nn.Module, folder: Path, name: str) -> Delta:
 
 def _fill(delta: Delta, path: Path, made: Plan, tensors: dict[str, Any]) -> None:
     places = {slot.theirs: slot for slot in slots(delta, made.row)}
-    tensors = without_repeated(delta, tensors, places)
-    check_fit(path, tensors, {key: slot.shape for key, slot in places.items()})
-    own = delta.tensors()
-    delta.restore({slot.ours: slot.read(tensors[key]) for key, slot in places.items() if slot.ours in own})
+    tensors = without_repeated(delta, made.row, tensors, places)
+    check_fit(
+        path, tensors, {key: slot.shape for key, slot in places.items() if key in tensors or not slot.name.optional}
+    )
+    stored = delta.tensors().keys()
+    for key, slot in places.items():
+        if slot.name.optional and key in tensors and not torch.allclose(slot.current(), slot.read(tensors[key])):
+            raise UserError(f"{str(path)!r}: {key!r} was drawn otherwise than from its seed, which is all that is kept")
+    delta.restore({slot.ours: slot.read(tensors[key]) for key, slot in places.items() if slot.ours in stored})
 
 
-def _resized(model: nn.Module, data: Mapping[str, Any], tensors: Mapping[str, Any]) -> list[str]:
+def _resized(model: nn.Module, prefix: str, tensors: Mapping[str, Any]) -> list[str]:
     """Embeddings that the file holds as a whole though nothing names them, as peft writes them once resized."""
     found = []
     for get in ("get_input_embeddings", "get_output_embeddings"):
@@ -89,7 +99,7 @@ def _resized(model: nn.Module, data: Mapping[str, Any], tensors: Mapping[str, An
         path = (
             next((path for path, own in model.named_modules() if own is module), None) if module is not None else None
         )
-        if path is not None and f"{PREFIX}{path}.weight" in tensors:
+        if path is not None and f"{prefix}{path}.weight" in tensors:
             found.append(path)
     return found
 

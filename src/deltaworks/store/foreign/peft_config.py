@@ -15,7 +15,8 @@ from deltaworks.core.errors import UserError
 from deltaworks.core.places import Place
 from deltaworks.core.registry import Composition, Config, find
 from deltaworks.store.foreign import lost, targets
-from deltaworks.store.foreign.peft_types import TYPES, Type
+from deltaworks.store.foreign.peft_table import TYPES
+from deltaworks.store.foreign.peft_types import Type
 
 COMMON = (
     "auto_mapping", "base_model_name_or_path", "bias", "exclude_modules", "fan_in_fan_out", "inference_mode",
@@ -79,14 +80,14 @@ def plan(data: Mapping[str, Any], model: nn.Module, kept: Collection[str] = (), 
     members: list[Config] = []
     chosen: list[str] = []
     if row.whole:
-        members.append(find(row.method)(**_options(row, data, None)))
+        members.append(find(row.method)(**_options(row, data, None, model)))
     else:
         chosen = targets.targeted(data, model, paths)
         if fresh:
             targets.check_named(data, chosen, model, paths)
         members += _members(row, data, model, found, chosen)
     members += _biases(data, model, found, [path for path in paths if path not in also], chosen)
-    seed = int(data.get(row.seed) or 0) if row.seed else None
+    seed = int(data.get(*row.seed)) if row.seed else None
     return Plan(row, members[0] if len(members) == 1 else Composition(members=members), also, seed)
 
 
@@ -97,7 +98,7 @@ def anatomy_of(model: nn.Module) -> Anatomy:
 
 
 def _check_fields(row: Type, data: Mapping[str, Any]) -> None:
-    known = {*COMMON, *STARTS, *row.idle, *row.says, row.seed}
+    known = {*COMMON, *STARTS, *row.idle, *row.says, *row.sited, *(row.seed or ())[:1]}
     known |= {name for own in row.fields for name in (own.theirs, own.pattern)}
     start = next((data[name] for name in STARTS if name in data), True)
     if isinstance(start, str) and start.startswith(REWRITING):
@@ -125,12 +126,12 @@ def _members(row: Type, data: Mapping[str, Any], model: nn.Module, found: Anatom
         raise UserError(f"target_modules={data.get('target_modules')!r} names no module of {type(model).__name__}")
     groups: dict[str, tuple[dict[str, Any], list[str]]] = {}
     for path in chosen:
-        options = _options(row, data, places[path])
+        options = _options(row, data, places[path], model)
         groups.setdefault(json.dumps(options, sort_keys=True), (options, []))[1].append(path)
     return [config(targets=targets.expression(found, own, kinds), **options) for options, own in groups.values()]
 
 
-def _options(row: Type, data: Mapping[str, Any], place: Place | None) -> dict[str, Any]:
+def _options(row: Type, data: Mapping[str, Any], place: Place | None, model: nn.Module) -> dict[str, Any]:
     """Our options for one module: the general ones, what a pattern says of it, and what the row adds."""
     options = {}
     for own in row.fields:
@@ -138,7 +139,7 @@ def _options(row: Type, data: Mapping[str, Any], place: Place | None) -> dict[st
         if place is not None and own.pattern:
             value = targets.patterned(data.get(own.pattern) or {}, place.path, value)
         options[own.ours] = own.read(value)
-    return options | row.site(data, place)
+    return options | row.site(data, place, model)
 
 
 def _biases(

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from deltaworks.core.building import Attached
     from deltaworks.core.delta import Delta
 
-PREFIX = "base_model.model."
-
 
 class Slot(NamedTuple):
     """One tensor of their file."""
@@ -35,7 +33,12 @@ class Slot(NamedTuple):
     def write(self, tensor: Tensor) -> Tensor:
         """Ours as theirs."""
         value = self.name.write(tensor, self.spot)
-        return value.reshape([int(size) for size in self.name.shape(tuple(value.shape), self.spot) if size is not None])
+        shape = self.name.shape(tuple(value.shape), self.spot)
+        return value.reshape([-1 if size is None else size for size in shape])
+
+    def current(self) -> Tensor:
+        """The tensor of ours, whether it is stored or made again."""
+        return _tensors(self.spot)[self.name.ours].detach()
 
 
 def slots(delta: Delta, row: Type) -> Iterator[Slot]:
@@ -47,7 +50,7 @@ def slots(delta: Delta, row: Type) -> Iterator[Slot]:
         own = _tensors(spot)
         for name in _names(row, item, adapted):
             if name.ours in own and name.when(spot):
-                theirs = name.theirs.format(path=f"{PREFIX}{item.place.path}")
+                theirs = name.theirs.format(path=f"{row.prefix}{item.place.path}")
                 yield Slot(theirs, name.shape(tuple(own[name.ours].shape), spot), f"{item.key}.{name.ours}", name, spot)
 
 
@@ -70,7 +73,9 @@ REPEATED = (".base_layer", ".original_module", ".modules_to_save")
 """Wrappers of peft: beside their tensors it may write those of the base, or a second copy."""
 
 
-def without_repeated(delta: Delta, tensors: Mapping[str, Tensor], expected: Collection[str]) -> dict[str, Tensor]:
+def without_repeated(
+    delta: Delta, row: Type, tensors: Mapping[str, Tensor], expected: Collection[str]
+) -> dict[str, Tensor]:
     """The tensors without those that repeat the base or each other, as peft writes an adapted embedding's.
 
     Raises UserError where such a tensor has values of its own, which would be lost.
@@ -82,7 +87,7 @@ def without_repeated(delta: Delta, tensors: Mapping[str, Tensor], expected: Coll
         for wrapper in REPEATED:
             plain = plain.removesuffix(wrapper)
         twin = tensors.get(f"{plain}.{name}") if owner.endswith(".modules_to_save") else None
-        same = twin if twin is not None else _base(delta, plain.removeprefix(PREFIX), name)
+        same = twin if twin is not None else _base(delta, plain.removeprefix(row.prefix), name)
         if same is None:
             continue
         if same.shape != tensors[key].shape or not bool(

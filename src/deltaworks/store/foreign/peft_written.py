@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from deltaworks.core.errors import UserError
 from deltaworks.store.foreign import lost, targets
 from deltaworks.store.foreign.lowering import Lowered, effective_of, lowered, method_items
-from deltaworks.store.foreign.peft_slots import PREFIX, slots
-from deltaworks.store.foreign.peft_types import LORA, TYPES, Spot, Type
+from deltaworks.store.foreign.peft_slots import slots
+from deltaworks.store.foreign.peft_table import LORA, TYPES
+from deltaworks.store.foreign.peft_types import Spot, Type
 
 if TYPE_CHECKING:
     from deltaworks.core.building import Attached
@@ -36,41 +37,42 @@ def written(delta: Delta, rank: int | None = None) -> tuple[dict[str, Any], dict
         raise UserError(f"{delta.config} cuts the base, which no checkpoint of peft can say")
     items = method_items(delta)
     mine = [item for item in items if item.tuner.config.name != "bitfit"]
-    row = None if rank is not None else native(delta, mine)
+    row = None if rank is not None else native(mine)
+    names = targets.module_names(delta.model)
+    data: dict[str, Any] = {"peft_version": VERSION, "inference_mode": True}
     if row is None:
         whole = lowered(delta, rank)
         if rank is not None:
             lost(whole.loss(rank))
-        row, (fields, tensors), paths = LORA, lora_file(whole.weights), list(whole.weights)
-        biases = whole.biases
+        row, paths, biases = LORA, list(whole.weights), whole.biases
+        fields, tensors = lora_file(whole.weights)
+        data |= {"target_modules": targets.ends(paths, names)} | fields
     else:
-        fields, tensors, paths = _fields(row, mine), _tensors(delta, row), [item.place.path for item in mine]
+        paths, tensors = [item.place.path for item in mine], _tensors(delta, row)
         biases = {item.place.path: effective_of(delta, [item])["bias"] for item in items if item not in mine}
-    data = {"peft_type": row.peft, "peft_version": VERSION, "inference_mode": True, **fields}
+        chosen = {} if row.whole else {"target_modules": targets.ends(paths, names)}
+        data |= chosen | _fields(row, mine, delta.seed) | row.written(mine, chosen.get("target_modules"))
     config = getattr(delta.model, "config", None)
-    data["base_model_name_or_path"] = getattr(config, "_name_or_path", None) or None
+    data |= {"peft_type": row.peft, "base_model_name_or_path": getattr(config, "_name_or_path", None) or None}
     data |= _bias_fields(delta, row, biases, set(paths), tensors)
-    if not row.whole:
-        names = targets.module_names(delta.model)
-        data["target_modules"] = targets.ends(paths, names)
     saved = [item.place.path for item in delta.attached if item.member >= len(delta.members)]
     if saved:
         data["modules_to_save"] = _outermost(delta.model, saved)
     data["task_type"] = _task(delta.model, row, data.get("modules_to_save", []))
-    tensors |= _saved(delta)
+    tensors |= _saved(delta, row.prefix)
     if any(delta.model.get_submodule(path).__class__.__name__ == "Conv1D" for path in paths) and not row.whole:
         data["fan_in_fan_out"] = True
     return data, {key: value.float() if value.dtype == torch.float64 else value for key, value in tensors.items()}
 
 
-def native(delta: Delta, items: Sequence[Attached]) -> Type | None:
+def native(items: Sequence[Attached]) -> Type | None:
     """The row that says this adapter as it is, or None."""
     configs = list({id(item.tuner.config): item.tuner.config for item in items}.values())
     paths = [item.place.path for item in items]
     if not items or len(set(paths)) < len(paths) or any(item.place.part is not None for item in items):
         return None
     for row in TYPES:
-        if any(config.name != row.method or not row.holds(config) for config in configs):
+        if any(item.tuner.config.name != row.method or not row.holds(item.tuner) for item in items):
             continue
         if any(item.place.kind not in row.names for item in items):
             continue
@@ -85,7 +87,7 @@ def _same(one: Any, other: Any, free: set[str]) -> bool:
     return all(mine[key] == theirs[key] for key in mine if key not in free)
 
 
-def _fields(row: Type, items: Sequence[Attached]) -> dict[str, Any]:
+def _fields(row: Type, items: Sequence[Attached], seed: int) -> dict[str, Any]:
     """The fields of a row, and the patterns where modules differ."""
     first = items[0].tuner.config
     fields: dict[str, Any] = dict(row.says)
@@ -94,12 +96,14 @@ def _fields(row: Type, items: Sequence[Attached]) -> dict[str, Any]:
         if own.pattern:
             values = {item.place.path: own.write(getattr(item.tuner.config, own.ours)) for item in items}
             fields[own.pattern] = {path: v for path, v in values.items() if v != fields[own.theirs]}
+    if row.seed:
+        fields[row.seed[0]] = seed
     for option in row.unsaid:
         if getattr(first, option) != getattr(type(first)(), option):
             lost(
                 f"{option}={getattr(first, option)!r} acts in training alone and peft's {row.peft} has no field for it"
             )
-    return fields | row.written(list(items))
+    return fields
 
 
 def _tensors(delta: Delta, row: Type) -> dict[str, Tensor]:
@@ -107,14 +111,15 @@ def _tensors(delta: Delta, row: Type) -> dict[str, Tensor]:
     found = {}
     for slot in slots(delta, row):
         if slot.spot.tuner.config is not None and slot.spot.tuner.config.name == row.method:
-            found[slot.theirs] = slot.write(slot.spot.tuner.stored()[slot.name.ours])
+            stored = slot.spot.tuner.stored()
+            found[slot.theirs] = slot.write(stored[slot.name.ours] if slot.name.ours in stored else slot.current())
     return found
 
 
-def _saved(delta: Delta) -> dict[str, Tensor]:
+def _saved(delta: Delta, prefix: str) -> dict[str, Tensor]:
     """Whole modules that are trained in full."""
     return {
-        f"{PREFIX}{item.place.path}.{name.partition('.')[2]}": value
+        f"{prefix}{item.place.path}.{name.partition('.')[2]}": value
         for item in delta.attached
         if item.member >= len(delta.members)
         for name, value in item.tuner.stored().items()
@@ -142,7 +147,7 @@ def lora_tensors(path: str, one: Lowered) -> dict[str, Tensor]:
     named = {name.ours: name for name in LORA.names[one.place.kind] if name.ours in ("A", "B")}
     spot = Spot(None, one.module, one.place)
     return {
-        name.theirs.format(path=f"{PREFIX}{path}"): value.reshape(
+        name.theirs.format(path=f"{LORA.prefix}{path}"): value.reshape(
             [int(n or 0) for n in name.shape(tuple(value.shape), spot)]
         )
         for name, value in ((named["A"], one.A), (named["B"], one.B))
@@ -167,7 +172,7 @@ def _bias_fields(
         bias = delta.model.get_submodule(path)._parameters.get("bias")
         if bias is not None and path not in saved and (which == "all" or path in adapted):
             inner = ".base_layer" if path in adapted else ""
-            tensors[f"{PREFIX}{path}{inner}.bias"] = biases.get(path, bias.detach())
+            tensors[f"{row.prefix}{path}{inner}.bias"] = biases.get(path, bias.detach())
     return {"bias": which}
 
 
@@ -191,6 +196,7 @@ def _task(model: nn.Module, row: Type, saved: Sequence[str]) -> str | None:
     """The task, where peft would not add a head of its own to an adapter that holds none."""
     name = type(model).__name__
     task = next((task for end, task in TASKS.items() if name.endswith(end)), None)
-    if task in targets.CLASSIFICATION and not row.whole and not any(name in saved for name in targets.HEADS):
+    heads = targets.HEADS.get(str(task), ())
+    if heads and not row.whole and not any(name in saved for name in heads):
         return None
     return task

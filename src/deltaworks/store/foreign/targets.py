@@ -16,9 +16,12 @@ from deltaworks.core.anatomy import Anatomy
 from deltaworks.core.errors import UserError, nearest
 from deltaworks.core.places import LINEAR, kind_of
 
-HEADS = ("classifier", "score")
-"""Modules that peft saves in full with every adapter of a classification task, where the model has them."""
-CLASSIFICATION = ("SEQ_CLS", "TOKEN_CLS")
+HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+"""Modules that peft saves in full with every adapter of a task, where the model has them."""
 
 
 def module_names(model: nn.Module) -> list[str]:
@@ -78,12 +81,12 @@ def check_named(data: Mapping[str, Any], found: Sequence[str], model: nn.Module,
 def saved_whole(data: Mapping[str, Any], paths: Sequence[str]) -> list[str]:
     """The modules that ``modules_to_save`` names, by the end of their paths. Raises UserError for one that is none."""
     names = list(data.get("modules_to_save") or [])
-    if data.get("task_type") in CLASSIFICATION:
-        names += [name for name in HEADS if name not in names]
+    usual = HEADS.get(str(data.get("task_type")), ())
+    names += [name for name in usual if name not in names]
     found = []
     for name in names:
         own = [path for path in paths if path.endswith(name)]
-        if not own and name not in HEADS:
+        if not own and name not in usual:
             raise UserError(
                 f"modules_to_save: {name!r} names no module: {nearest(name, {p.rpartition('.')[2] for p in paths})}"
             )
@@ -135,6 +138,6 @@ def _all_linear(model: Any, paths: Sequence[str], data: Mapping[str, Any]) -> li
     output: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     heads = [output] if output is not None else []
     if output is None and data.get("task_type") == "SEQ_CLS":
-        heads = [head for head in (getattr(model, name, None) for name in reversed(HEADS)) if head is not None][:1]
+        heads = [head for head in (getattr(model, name, None) for name in ("score", "classifier")) if head is not None]
     linear = [path for path in paths if kind_of(model.get_submodule(path)) in LINEAR]
     return [path for path in linear if not any(model.get_submodule(path) is head for head in heads)]

@@ -31,6 +31,14 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{str(path)!r} is not a whole safetensors file ({error})") from None
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """The texts that the head of a safetensors file holds beside its tensors."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return dict(file.metadata() or {})
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file at once."""
     from safetensors.torch import save

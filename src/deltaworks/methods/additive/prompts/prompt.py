@@ -38,13 +38,14 @@ class PromptTuner(Tuner):
                 self.E = nn.Parameter(table(ids).float().clone())
         pools_first = not site.causal and site.place.stack not in ("encoder", "decoder")
         self.position = int(pools_first) if config.position is None else config.position
+        self.kept = config.kept
 
     def around(self, base: Callable[[Tokens], Tensor], tokens: Tokens) -> Tensor:
         if not tokens.cached and self.position > tokens.embeds.shape[1]:
             raise UserError(
                 f"prompt: position {self.position} is behind the end of an input of {tokens.embeds.shape[1]} tokens"
             )
-        return base(tokens.insert(self.E, self.position))
+        return base(tokens.insert(self.E, self.position, kept=self.kept))
 
 
 @method(
@@ -67,6 +68,7 @@ class Prompt(Config):
     length: int = option(20, "number of virtual tokens P; beyond 20 little is gained", least=0)
     init: str = option("vocabulary", "rows of the embedding table, or U(-0.5, 0.5)", choices=("vocabulary", "uniform"))
     position: int | None = option(None, "how many tokens stay in front; default: 1 where the first is pooled", least=0)
+    kept: bool = option(False, "keep the virtual tokens in the output; one that pools its first token then pools them")
 
     def places(self, anatomy):  # type: ignore[no-untyped-def]
         places = super().places(anatomy)

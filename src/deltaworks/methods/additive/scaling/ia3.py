@@ -25,7 +25,8 @@ class IA3Tuner(Tuner):
 
     def __init__(self, site: Site, config: "IA3") -> None:
         super().__init__()
-        self.columns = site.place.role.endswith(".down")
+        auto = "columns" if site.place.role.endswith(".down") else "rows"
+        self.columns = (auto if config.scales == "auto" else config.scales) == "columns"
         out, inner = site.shape
         self.scale = site.ones(inner if self.columns else out)
 
@@ -53,6 +54,9 @@ class IA3Tuner(Tuner):
     tried=(3e-3, 1e-2, 3e-2),
 )
 class IA3(Config):
-    targets: str = option(
-        "*attention.k,*attention.v,mlp.down", "rows are scaled, but the columns (the input) of a down projection"
+    targets: str = option("*attention.k,*attention.v,mlp.down", "the paper: keys, values, the inner activation")
+    scales: str = option(
+        "auto",
+        "which side of the weight; auto: the columns (the input) of a down projection, else the rows",
+        choices=("auto", "rows", "columns"),
     )

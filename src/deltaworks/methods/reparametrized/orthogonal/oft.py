@@ -6,7 +6,8 @@ a series: Orthogonal Finetuning Made Scalable, Qiu et al., 2025, arXiv:2506.1984
 Formula: y = W R^T x + b with R = blockdiag(R_1 .. R_g), g = in / b, so that the angles between rows of W stay within
 each block: R_i = (I - Q_i)(I + Q_i)^-1, Q_i [b, b] skew-symmetric of b (b - 1) / 2 trained values (strict upper
 triangle, row by row). Series: R_i = I + 2 Q_i + 2 Q_i^2 + 2 Q_i^3 + Q_i^4, nearly orthogonal, for the inverse
-rotation (I + Q_i)(I - Q_i)^-1, as published. Constrained (COFT): after each step ||Q_i||_F is cut to eps / sqrt(g).
+rotation (I + Q_i)(I - Q_i)^-1, as published. Constrained (COFT): after each step ||Q_i||_F is cut to eps / sqrt(g), to
+eps with one R_i for all slices.
 Count: (in / b) b (b - 1) / 2 for each weight, or b (b - 1) / 2 with one R_i for all slices.
 Departure: none in the formula; the inverse is exact unless the series is asked for, which the published layer takes.
 """
@@ -76,7 +77,7 @@ class Projection(Procedure):
         for tuner in self.delta.tuners():
             if isinstance(tuner, OFTTuner) and tuner.config is self.config:
                 norm = 2**0.5 * torch.linalg.vector_norm(tuner.triangle, dim=1, keepdim=True)  # ||Q_i||_F
-                radius = self.config.eps / tuner.slices**0.5  # type: ignore[operator]
+                radius = self.config.eps / len(tuner.triangle) ** 0.5  # type: ignore[operator]
                 tuner.triangle.mul_(radius / norm.clamp(min=radius))
 
     def details(self) -> dict[str, Any]:
