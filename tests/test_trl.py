@@ -256,7 +256,26 @@ def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="sync_ref_model updates a second model"):
         dpo(tmp_path, "lora[rank=2]", sync_ref_model=True)
     with pytest.raises(UserError, match="DeltaSFT multiplies by the weight of 'lm_head' itself"):
-        DeltaSFT(
-            dw.attach(decoder(), "lora[rank=2]", also=["head"]), args=SFTConfig(**options(tmp_path)),
-            train_dataset=sentences(), processing_class=tokenizer(),
-        )  # fmt: skip
+        sft(tmp_path, "nera[targets=head]")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [SFTTrainer, DPOTrainer])
+def test_the_output_layer_trains_though_its_weight_is_read_from_outside(tmp_path: Path, make: Any) -> None:
+    """TRL multiplies by ``lm_head.weight`` in tiles, without calling the layer."""
+    ours = (sft if make is SFTTrainer else dpo)(tmp_path, "full[targets='linear,head']", learning_rate=1e-3)
+    settings, data = (SFTConfig, sentences()) if make is SFTTrainer else (DPOConfig, pairs())
+    theirs, more = decoder(), {} if make is SFTTrainer else {"ref_model": decoder()}
+    for name, parameter in theirs.named_parameters():
+        parameter.requires_grad_("proj" in name or "lm_head" in name)
+    trainer = make(
+        theirs, args=settings(**options(tmp_path, learning_rate=1e-3)), train_dataset=data,
+        processing_class=tokenizer(), **more,
+    )  # fmt: skip
+    start = theirs.lm_head.weight.detach().clone()
+    ours.train()
+    trainer.train()
+    assert losses(ours) == pytest.approx(losses(trainer), abs=1e-5)
+    ours.delta.merge()
+    assert not torch.allclose(theirs.lm_head.weight, start, atol=1e-4)
+    torch.testing.assert_close(ours.model.lm_head.weight, theirs.lm_head.weight, rtol=1e-4, atol=1e-5)

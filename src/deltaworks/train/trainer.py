@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from deltaworks.core.delta import Delta
 from deltaworks.core.errors import UserError
 from deltaworks.core.procedure import Run
 from deltaworks.core.sharding import is_sharded
+from deltaworks.core.showing import shown
 from deltaworks.store.checkpoint import resume
 from deltaworks.train.devices import Team
 from deltaworks.train.progress import show_bars
@@ -55,11 +57,8 @@ class DeltaTrainerMixin(Base):
         forward = delta.model.__dict__.get("forward")
         with _as_it_is(delta):
             super().__init__(*bound.args, **bound.kwargs)
-        if delta.model.__dict__.get("forward") is not forward and (head := _tuned_head(delta)):
-            raise UserError(
-                f"{type(self).__name__} multiplies by the weight of {head!r} itself, so that an adapter on it would "
-                "never be trained: leave it out of targets and also"
-            )
+        if delta.model.__dict__.get("forward") is not forward:
+            self._show_head()
         if getattr(self.args, "sync_ref_model", False) and isinstance(getattr(self, "ref_model", None), Reference):
             raise UserError("sync_ref_model updates a second model: pass it as ref_model=, or leave sync_ref_model out")
         if self.is_fsdp_enabled:
@@ -70,6 +69,26 @@ class DeltaTrainerMixin(Base):
         if self.args.gradient_checkpointing and kind.get("use_reentrant"):
             # the reentrant kind gives no gradient where no input of a block asks for one
             delta.model.enable_input_require_grads()  # type: ignore[operator]
+
+    def _show_head(self) -> None:
+        """The trainer has given the model a forward of its own, which reads the weight of the output layer itself."""
+        model: Any = self.delta.model
+        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        mine = [item for item in self.delta.attached if model.get_submodule(item.place.path) is head]
+        if any(item.tuner.form() == 3 for item in mine):
+            raise UserError(
+                f"{type(self).__name__} multiplies by the weight of {mine[0].place.path!r} itself, which "
+                f"{self.delta.config} leaves as it is: leave it out of the targets"
+            )
+        if mine:
+            forward = model.forward
+
+            @functools.wraps(forward)
+            def with_head(*args: Any, **kwargs: Any) -> Any:
+                with shown(head):
+                    return forward(*args, **kwargs)
+
+            model.forward = with_head
 
     def _prepare_sharding(self) -> None:
         plugin = self.accelerator.state.fsdp_plugin
@@ -196,14 +215,6 @@ def _as_it_is(delta: Delta) -> Iterator[None]:
     for parameter, values in masters:
         if parameter.dtype != values.dtype:
             parameter.data = values.to(parameter.device)
-
-
-def _tuned_head(delta: Delta) -> str:
-    """The path of the layer that gives the logits, if the adapter stands on it, else an empty one."""
-    model: Any = delta.model
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    paths = (item.place.path for item in delta.attached)
-    return next((path for path in paths if model.get_submodule(path) is head), "")
 
 
 class _Batches:
