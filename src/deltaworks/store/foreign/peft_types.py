@@ -107,6 +107,15 @@ def reshaped(*before: int, after: int = 0) -> Callable[[Shape, Spot], Shape]:
     return lambda shape, spot: (*before, *shape, *[1] * after)
 
 
+def under(**names: str) -> tuple[Name, ...]:
+    """Tensors under the module's path that are alike in both files."""
+    return tuple(Name(ours, f"{{path}}.{theirs}") for ours, theirs in names.items())
+
+
+def at(*kinds: str, names: tuple[Name, ...]) -> dict[str, tuple[Name, ...]]:
+    return dict.fromkeys(kinds, names)
+
+
 def base_added(ours: str, theirs: str, parameter: str) -> Name:
     """A change of ours whose sum with a parameter of the base is theirs."""
     return Name(
