@@ -216,7 +216,7 @@ ROLES: dict[str, dict[str, int]] = {
     | {"embedding.token": 2, "embedding.position": 2, "embedding.patch": 1}
     | {"norm.embedding": 1, "norm.final": 2, "head": 2, "other": 1},
     "plain": twice(*QKVO, *PLAIN, *NORMS) | {"norm.final": 1, "head": 1, "other": 1},
-    "convnet": {"other": 5, "norm.other": 4, "head": 1},
+    "convnet": {"conv": 5, "norm.other": 4, "head": 1},
     "mlp": {"linear": 2, "head": 1},
 }
 WEIGHTED = ("linear", "conv1d", "conv2d", "embedding", "norm", "parameters")

@@ -37,7 +37,7 @@ def _member(name: str) -> Callable[[Build], Build]:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 model, inputs = build()
-                _spread(model)
+                spread(model)
             return model.eval(), inputs
 
         ZOO[name] = seeded
@@ -47,7 +47,7 @@ def _member(name: str) -> Callable[[Build], Build]:
 
 
 @torch.no_grad()
-def _spread(model: nn.Module) -> None:
+def spread(model: nn.Module) -> None:
     """Values of the size a trained model has.
 
     The usual initialization (weights near 0, biases 0, norms 1) makes outputs so small and so uniform that

@@ -5,6 +5,7 @@ on the meta device will do.
 """
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -78,14 +79,19 @@ class Anatomy:
         return _prefer_wholes(place for place in self.places if place in chosen)
 
     def groups(self) -> list[list[Place]]:
-        """Linears that read the same input: (q, k, v), (gate, up) and the (k, v) of cross-attention."""
-        gathered: dict[tuple[str, str], list[Place]] = {}
+        """Linears that read the same input: (q, k, v), (gate, up) and the (k, v) of cross-attention.
+
+        A second q of one attention reads another input: the text beside the image of a joint attention.
+        """
+        gathered: dict[tuple[str, str, int], list[Place]] = {}
+        met: Counter[tuple[str, str]] = Counter()
         for place in self.places:
             section, _, part = place.role.partition(".")
             wanted = {"attention": "qkv", "cross_attention": "kv"}.get(section, ())
             if place.kind in LINEAR and place.part is None and (part in wanted or place.role in _GATED):
                 parent = place.path.rpartition(".")[0]
-                gathered.setdefault((parent, section), []).append(place)
+                gathered.setdefault((parent, section, met[parent, place.role]), []).append(place)
+                met[parent, place.role] += 1
         return [group for group in gathered.values() if len(group) > 1]
 
     def __str__(self) -> str:

@@ -10,8 +10,8 @@ from torch import nn
 
 from deltaworks.core import families
 from deltaworks.core.families import ATTENTION, MLP, SECTIONS
-from deltaworks.core.paths import around, contains, name_of, parent_of
-from deltaworks.core.places import LINEAR, Place, features_of, is_keyvalue, is_norm, kind_of
+from deltaworks.core.paths import contains, name_of, parent_of, words_around
+from deltaworks.core.places import LINEAR, Place, features_of, is_keyvalue, is_norm, kind_of, section_of
 from deltaworks.core.sublayers import sublayers
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv3d)
@@ -30,8 +30,7 @@ def block_places(within: Mapping[str, nn.Module], post_norm: bool) -> list[Place
     places = [Place("", "block", "block"), *sublayers(within, weights, norms, post_norm)]
     for path, module in within.items():
         if path and is_keyvalue(module):
-            names, classes = around(within, path)
-            section = families.section_of([*names, name_of(path)], [*classes, type(module).__name__])
+            section = section_of(within, path, itself=True)
             places.append(Place(path, f"{ATTENTION if section == MLP else section}.kv", "keyvalue"))
         kind = kind_of(module)
         if path in weights:
@@ -44,7 +43,7 @@ def block_places(within: Mapping[str, nn.Module], post_norm: bool) -> list[Place
         elif kind == "embedding":
             places.append(Place(path, families.embedding_role(path), kind))
         elif kind is not None:
-            places.append(Place(path, "other", kind))
+            places.append(Place(path, "conv" if kind == "conv2d" else "other", kind))
     return places
 
 
@@ -54,14 +53,13 @@ def _linear_roles(within: Mapping[str, nn.Module]) -> tuple[dict[str, str], dict
     for path, module in within.items():
         if not path:
             continue
-        names, classes = around(within, path)
-        section = families.section_of(names, classes)
+        section = section_of(within, path)
         if isinstance(module, nn.MultiheadAttention):
-            own = families.section_of([*names, name_of(path)], [type(module).__name__])
-            roles[path] = f"{own}.qkv"
+            roles[path] = f"{section_of(within, path, itself=True)}.qkv"
         elif kind_of(module) in LINEAR:
+            condition = families.condition_role(words_around(within, path)) if section == MLP else None
             found = families.linear_part(section, path)
-            roles[path] = ".".join(found) if found else _role_by_shape(section, module)
+            roles[path] = condition or (".".join(found) if found else _role_by_shape(section, module))
         elif kind_of(module) == "parameters" and section == MLP and not isinstance(module, _CONVOLUTIONS):
             if any(parameter.dim() > 2 for parameter in module.parameters(recurse=False)):
                 roles[path] = "mlp.experts"
@@ -74,7 +72,7 @@ def _linear_roles(within: Mapping[str, nn.Module]) -> tuple[dict[str, str], dict
             roles[path] = "attention.o"
     parts: dict[str, _Parts] = {}
     for path, role in roles.items():
-        roles[path], parts[path] = _fused(within, path, role, _siblings(roles, path))
+        roles[path], parts[path] = _fused(within, path, role, roles)
     return roles, parts
 
 
@@ -93,23 +91,26 @@ def _role_by_shape(section: str, module: nn.Module) -> str:
     return "mlp.up" if outputs > inputs else "mlp.down"
 
 
-def _fused(within: Mapping[str, nn.Module], path: str, role: str, siblings: Mapping[str, str]) -> tuple[str, _Parts]:
-    """The role of a projection among its siblings, and the parts of a fused one with their output features."""
+def _fused(within: Mapping[str, nn.Module], path: str, role: str, roles: Mapping[str, str]) -> tuple[str, _Parts]:
+    """The role of a projection among the others, and the parts of a fused one with their output features."""
     section, _, part = role.partition(".")
+    siblings = _siblings(roles, path)
     module = within[path]
     if role == "mlp.gate" and "mlp.up" not in siblings.values():
         return "mlp.up", []
     if part not in ("qkv", "up", "gate_up") or kind_of(module) not in LINEAR:
         return role, []
-    closing = next((p for p, r in siblings.items() if r in (f"{section}.o", f"{section}.down")), None)
+    behind = list(roles)[list(roles).index(path) :]  # a gated unit may lie in a module of its own
+    near = [*siblings, *(other for other in behind if section == MLP)]
+    closing = next((other for other in near if roles[other] in (f"{section}.o", f"{section}.down")), None)
     outputs = features_of(module)[1]
     width = features_of(within[closing])[0] if closing else 0
     if section == MLP:
         if part != "gate_up" and outputs != 2 * width:
             return role, []
         half = outputs // 2
-        known = families.GATE_FIRST.fullmatch(path)
-        return "mlp.gate_up", [("mlp.gate", (0, half)), ("mlp.up", (half, outputs))] if known else []
+        first, second = families.halves(path) or ("", "")
+        return "mlp.gate_up", [(f"mlp.{first}", (0, half)), (f"mlp.{second}", (half, outputs))] if first else []
     if f"{section}.q" in siblings.values():  # GPT-2's cross-attention: c_attn holds k and v only
         half = outputs // 2
         return role, [(f"{section}.k", (0, half)), (f"{section}.v", (half, outputs))]

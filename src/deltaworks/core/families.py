@@ -2,7 +2,7 @@
 
 A name means different things in different sub-layers (``c_proj`` closes GPT-2's attention and its MLP), so
 every name is read in the section it stands in: "attention", "cross_attention" or "mlp". The names are those
-of the modelling files of Hugging Face transformers, timm and torch.
+of the modelling files of Hugging Face transformers and diffusers, timm and torch.
 """
 
 import re
@@ -11,17 +11,17 @@ from collections.abc import Iterable
 ATTENTION, CROSS_ATTENTION, MLP = SECTIONS = ("attention", "cross_attention", "mlp")
 UNKNOWN = ""  # a norm whose name says nothing
 
-_CROSS = re.compile(r"cross_?att|encoder_?att|enc_?dec_?att|^multihead_attn$", re.IGNORECASE)
+_CROSS = re.compile(r"cross_?att|encoder_?att|enc_?dec_?att|^multihead_attn$|^attn2$", re.IGNORECASE)
 _ATTENTION = re.compile(r"attn|attention|(^|_)att(_|$)", re.IGNORECASE)
 
 # (part of the sub-layer, names of the linear that computes it)
 _ATTENTION_LINEARS = (
-    ("q", r"q|q_proj|q_lin|query|query_proj|to_q|wq|q_attn|q_a_proj|q_b_proj"),
-    ("k", r"k|k_proj|k_lin|key|key_proj|to_k|wk"),
-    ("v", r"v|v_proj|v_lin|value|value_proj|to_v|wv"),
-    ("qkv", r"qkv|qkv_proj|c_attn|query_key_value|Wqkv|in_proj|to_qkv"),
+    ("q", r"q|q_proj|q_lin|query|query_proj|to_q|wq|q_attn|q_a_proj|q_b_proj|add_q_proj"),
+    ("k", r"k|k_proj|k_lin|key|key_proj|to_k|wk|add_k_proj"),
+    ("v", r"v|v_proj|v_lin|value|value_proj|to_v|wv|add_v_proj"),
+    ("qkv", r"qkv|qkv_proj|c_attn|query_key_value|Wqkv|in_proj|to_qkv|to_added_qkv"),
     ("kv", r"kv|kv_proj|to_kv|kv_a_proj_with_mqa|kv_b_proj"),
-    ("o", r"o|o_proj|out_proj|out_lin|c_proj|dense|proj|projection|Wo|wo|to_out\.0"),
+    ("o", r"o|o_proj|out_proj|out_lin|c_proj|dense|proj|projection|Wo|wo|to_out(?:\.0)?|to_add_out|output_proj"),
     ("position", r"pos_(?:key|query)(?:_proj)?|pos_q_proj|pos_proj|linear_pos|r_net"),
 )
 _MLP_LINEARS = (
@@ -30,12 +30,12 @@ _MLP_LINEARS = (
     (
         "up",
         r"up_proj|fc1|c_fc|lin1|linear1|wi|wi_1|Wi|w3|fc_in|weights_in|input_linear|dense_h_to_4h"
-        r"|intermediate\.dense|intermediate_dense|ffn|layer_1",
+        r"|intermediate\.dense|intermediate_dense|ffn|layer_1|net\.0\.proj",
     ),
     (
         "down",
         r"down_proj|fc2|c_proj|lin2|linear2|wo|Wo|w2|fc_out|weights_out|output_linear|dense_4h_to_h"
-        r"|output\.dense|output_dense|ffn_output|layer_2",
+        r"|output\.dense|output_dense|ffn_output|layer_2|net\.2",
     ),
     ("router", r"gate|router|shared_expert_gate|router\.(?:classifier|layer)"),
 )
@@ -64,8 +64,13 @@ _BARE = _compiled(
 # contiguous range of the output features is the query
 _INTERLEAVED = re.compile(r"query_key_value|in_proj")
 _INTERLEAVED_CLASSES = re.compile(r"CodeGen")
-# fused gated units known to put the gate in the first half of the output features
-GATE_FIRST = re.compile(r"(?:.*\.)?(?:gate_up_proj|Wi|weights_in|input_linear)")
+# fused gated units whose halves are known: what the first and the second half of the output features are
+_HALVES = (
+    (("gate", "up"), re.compile(r"(?:.*\.)?(?:gate_up_proj|Wi|weights_in|input_linear)")),
+    (("up", "gate"), re.compile(r"(?:.*\.)?net\.0\.proj")),
+)
+# linears that turn a condition (time, class, text) into shifts and scales of the features
+_MODULATION = re.compile(r"norm|adaln|modulation|time_emb_proj", re.IGNORECASE)
 
 _NORMS = (
     ("other", r"(?:.*\.)?(?:q|k|v|query|key|q_a|kv_a|head|ffn|inner_attn)_?(?:layer_?|ln_)?norm|.*sub_?norm|.*_ln"),
@@ -82,6 +87,8 @@ _NORMS = (
         r"|(?:pre|post)_(?:feedforward|mlp|ff)_layernorm|full_layer_layer_norm",
     ),
 )
+# SAM's blocks attend to the image, and from the image back
+_TWO_WAY = {"layer_norm2": CROSS_ATTENTION, "layer_norm3": MLP, "layer_norm4": CROSS_ATTENTION}
 _NORM_PATTERNS = tuple((section, re.compile(names)) for section, names in _NORMS)
 
 # modules of the block between a sub-layer's own module and the residual sum, used by that sub-layer alone
@@ -102,7 +109,7 @@ _EMBEDDINGS = (
 
 
 def section_of(names: Iterable[str], classes: Iterable[str]) -> str:
-    """The sub-layer that a module belongs to.
+    """The sub-layer that names speak of.
 
     Args:
         names: the names of the modules around it, inside the block, such as ("attention", "self").
@@ -131,6 +138,24 @@ def in_order(path: str, owner: str) -> bool:
     return not _INTERLEAVED.fullmatch(path.rpartition(".")[2]) and not _INTERLEAVED_CLASSES.match(owner)
 
 
+def halves(path: str) -> tuple[str, str] | None:
+    """What the two halves of a fused gated projection are, in their order, where its name tells."""
+    return next((names for names, pattern in _HALVES if pattern.fullmatch(path)), None)
+
+
+def condition_role(words: Iterable[str]) -> str | None:
+    """The role of a linear that serves a condition (time step, class, text), from the words around it, inmost first.
+
+    Adaptive norms modulate; what makes their input out of a time step or a class is an embedding.
+    """
+    for word in words:
+        if _MODULATION.search(word):
+            return "modulation"
+        if re.search(r"embedder|embedding|caption", word, re.IGNORECASE):
+            return "embedding.projection"
+    return None
+
+
 def norm_section(path: str, siblings: Iterable[str]) -> str:
     """The sub-layer of a norm that lies directly in a block, from its name; "other" for norms inside a sub-layer.
 
@@ -144,6 +169,8 @@ def norm_section(path: str, siblings: Iterable[str]) -> str:
         return ATTENTION if early or "post_feedforward_layernorm" in siblings else MLP
     if path == "norm2" and "norm3" in siblings:
         return CROSS_ATTENTION
+    if "layer_norm4" in siblings and path in _TWO_WAY:
+        return _TWO_WAY[path]
     for section, pattern in _NORM_PATTERNS:
         if pattern.fullmatch(path):
             return section

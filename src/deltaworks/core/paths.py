@@ -29,7 +29,7 @@ def ancestors(path: str) -> Iterator[str]:
         yield path
 
 
-def around(within: Mapping[str, nn.Module], path: str) -> tuple[list[str], list[str]]:
-    """Names and classes of the modules around a path inside a block, without the block itself."""
-    owners = [owner for owner in ancestors(path) if owner]
-    return [name_of(owner) for owner in owners], [type(within[owner]).__name__ for owner in owners]
+def words_around(modules: Mapping[str, nn.Module], path: str) -> list[str]:
+    """Names and classes of a module and of those around it, innermost first, without the outermost ("")."""
+    owners = [owner for owner in (path, *ancestors(path)) if owner]
+    return [word for owner in owners for word in (name_of(owner), type(modules[owner]).__name__)]

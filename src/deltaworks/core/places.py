@@ -5,11 +5,15 @@ The rest of the reading (`stacks`, `blocks`, `sublayers`, `structure`) puts thes
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import CodeType
 
 from torch import nn
+
+from deltaworks.core import families
+from deltaworks.core.families import ATTENTION, CROSS_ATTENTION, MLP
+from deltaworks.core.paths import ancestors, name_of
 
 KINDS = (
     "linear",
@@ -108,6 +112,27 @@ def is_keyvalue(module: nn.Module) -> bool:
     return hasattr(getattr(module, "config", None), "_attn_implementation") and any(
         "ALL_ATTENTION_FUNCTIONS" in code.co_names for code in _forwards(type(module))
     )
+
+
+def section_of(within: Mapping[str, nn.Module], path: str, *, itself: bool = False) -> str:
+    """The sub-layer that a module of a block belongs to, from the names and classes around it.
+
+    Args:
+        within: the modules of the block by their path inside it.
+        path: path of the module.
+        itself: whether its own name and class count too.
+    """
+    owners = [owner for owner in (path, *ancestors(path)) if owner and (itself or owner != path)]
+    section = families.section_of(map(name_of, owners), (type(within[owner]).__name__ for owner in owners))
+    told = [is_cross for owner in owners if isinstance(is_cross := _is_cross(within[owner]), bool)]
+    if section == MLP or not told:
+        return section
+    return CROSS_ATTENTION if told[0] else ATTENTION
+
+
+def _is_cross(module: nn.Module) -> object:
+    """What an attention says of itself: diffusers uses one class, and one name, for both kinds."""
+    return getattr(module, "is_cross_attention", None)
 
 
 def features_of(module: nn.Module) -> tuple[int, int]:

@@ -42,6 +42,11 @@ class Site:
         return site
 
     @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The base parameters by name; a quantized weight as a plain tensor."""
+        return {name: tensor for name, tensor in base_tensors(self.module).items() if tensor is not None}
+
+    @property
     def matrix(self) -> Tensor:
         """The base weight as the matrix [out, in] that a tuner's ``weight`` gets (1-D for norms)."""
         return matrix_of(self.place, base_tensors(self.module)[self.place.parameter])
@@ -63,8 +68,10 @@ class Site:
     @property
     def width(self) -> int:
         """Features of the residual stream at this place."""
-        for place in self.anatomy.places:
-            if place.stack == self.place.stack and place.part is None and place.role in ("attention.o", "mlp.down"):
+        beside = [place for place in self.anatomy.places if place.stack == self.place.stack and place.part is None]
+        # the stages of a pyramid differ in width, so the own block comes first
+        for place in sorted(beside, key=lambda place: place.block != self.place.block):
+            if place.role in ("attention.o", "mlp.down"):
                 return self.at(place).shape[0]
         config = getattr(self.module, "config", None) or getattr(self.model, "config", None)
         width = getattr(config, "hidden_size", None)

@@ -12,8 +12,8 @@ from torch import nn
 
 from deltaworks.core import families
 from deltaworks.core.families import MLP
-from deltaworks.core.paths import ancestors, around, contains, join
-from deltaworks.core.places import LINEAR, arguments_of, is_early_norm, is_norm, kind_of
+from deltaworks.core.paths import ancestors, contains, join
+from deltaworks.core.places import LINEAR, arguments_of, is_early_norm, is_norm, kind_of, section_of
 
 _STACK_WORDS = (
     (r"vision|visual|image", "vision"),
@@ -61,7 +61,7 @@ def _is_transformer_block(module: nn.Module) -> bool:
         if isinstance(inner, nn.MultiheadAttention):
             attention = True
         elif kind_of(inner) in LINEAR:
-            found = families.linear_part(families.section_of(*around(within, path)), path)
+            found = families.linear_part(section_of(within, path), path)
             attention = attention or (found is not None and found[0] != MLP)
             matrix = matrix or found is None or found[0] == MLP
         elif any(parameter.dim() > 2 for parameter in inner.parameters(recurse=False)):
@@ -122,7 +122,8 @@ def has_final_norm(modules: Mapping[str, nn.Module], container: str, trunks: Map
         children = dict(modules[owner].named_children())
         if "pos_conv_embed" in children:  # wav2vec2 and its kin, whose encoder norm comes before or after
             return "StableLayerNorm" in type(modules[owner]).__name__
-        if any(is_norm(child) and not is_early_norm(name) for name, child in children.items()):
+        norms = (name for name, child in children.items() if is_norm(child))
+        if any(not is_early_norm(name) and "att" not in name for name in norms):
             return True
         if owner in trunks:
             break

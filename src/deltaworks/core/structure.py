@@ -16,7 +16,7 @@ from torch import nn
 from deltaworks.core import families
 from deltaworks.core.blocks import block_places
 from deltaworks.core.matrices import matrices
-from deltaworks.core.paths import ancestors, contains, join, name_of, parent_of
+from deltaworks.core.paths import ancestors, contains, join, name_of, parent_of, words_around
 from deltaworks.core.places import KINDS, LINEAR, Place, features_of, is_early_norm, kind_of
 from deltaworks.core.stacks import find_stacks, find_trunks, has_final_norm
 
@@ -83,7 +83,8 @@ def _outside_places(
         elif kind in LINEAR:
             role = "head" if path == linears[-1] and len(linears) > 1 else "linear"
         else:
-            role = {"embedding": families.embedding_role(path), "norm": "norm.other"}.get(kind, "other")
+            known = {"embedding": families.embedding_role(path), "norm": "norm.other", "conv2d": "conv"}
+            role = known.get(kind, "other")
         places.append(Place(path, role, kind, stack="" if inner is None else trunks[inner]))
     return places
 
@@ -106,8 +107,15 @@ def _outside_role(
     words = " ".join([*names, *(type(modules[owner]).__name__.lower() for owner in branch)])
     tower = home if trunk is None else trunk
     after = order[path] > max(order[stack] for stack in containers if contains(tower, stack))
+    # between the stacks of a model: a stage of a pyramid, the neck of an encoder that a decoder follows
+    behind = (contains(home, stack) if trunk is None else order[path] > order[stack] for stack in containers)
+    between = not all(behind)
     if not branch:
         return "other"
+    if kind in LINEAR and "head" not in words:
+        condition = families.condition_role(words_around(modules, path)[: 2 * len(branch)])
+        if condition:
+            return condition
     if kind == "embedding":
         return families.embedding_role(path)
     if "pool" in words:
@@ -116,13 +124,17 @@ def _outside_role(
         return "other" if re.search(r"projector|connector", words) else "head"
     if kind == "norm":
         siblings = dict(modules[parent_of(path)].named_children())
-        early = len(branch) > 1 or is_early_norm(names[0]) or "rel_embeddings" in siblings
+        early = is_early_norm(names[0]) or "rel_embeddings" in siblings
+        early = early or (len(branch) > 1 and ("embed" in words or not between))
         convolved = "pos_conv_embed" in siblings and "Stable" not in type(modules[home]).__name__
-        return "norm.embedding" if early or convolved else "norm.final"
-    if after and kind != "parameters":
+        if early or convolved:
+            return "norm.embedding"
+        return "norm.other" if between and not (after and len(branch) == 1) else "norm.final"
+    if after and not between and kind != "parameters":
         return "head"
     if isinstance(module, nn.Conv2d):
-        return "embedding.patch" if module.stride == module.kernel_size else "other"
+        patches = module.stride == module.kernel_size != (1, 1) or re.search("patch_?embed", words)
+        return "embedding.patch" if patches else "conv"
     if kind == "parameters":
         return _parameters_role(module)
     return "embedding.projection" if "embed" in words else "other"

@@ -32,29 +32,28 @@ def sublayers(
     post_norm = post_norm and not any(families.before_sublayer(path) for path in norms)
     for section in SECTIONS:
         own = [path for path, role in weights.items() if role.partition(".")[0] == section]
-        closing = _closing(own, weights)
-        if closing is None:
-            continue
         foreign = [path for path in weights if path not in own] + [p for p, s in norms.items() if s != "other"]
-        body = _climb(within, closing, foreign)
-        leaving = _exit(within, section, body)
         readers = [path for path in own if weights[path].endswith(_READERS)] or own
-        if any(contains(body, path) for path in readers):
-            entry = body
-        else:
-            entry = _climb(within, readers[0], [*foreign, closing])
-        mine = (path for path, of in norms.items() if of == section and path != leaving)
-        norm = next((path for path in mine if _sums(path, closing, body, post_norm)), None)
-        yield Place(leaving, section, "sublayer", entry=entry if entry != leaving else None, after_norm=norm)
+        mine = [path for path, of in norms.items() if of == section]
+        bodies = {_climb(within, closing, foreign): closing for closing in _closings(own, weights)}
+        whole = [body for body in bodies if any(contains(body, path) for path in readers)]
+        # several where a block has two of a section: text beside image, attention there and back
+        for number, body in enumerate(whole if len(whole) > 1 else list(bodies)[-1:]):
+            closing, leaving = bodies[body], _exit(within, section, body)
+            entry = body if body in whole else _climb(within, readers[0], [*foreign, closing])
+            left = [path for path in mine if path != leaving][number:]
+            norm = next((path for path in left if _sums(path, closing, body, post_norm)), None)
+            yield Place(leaving, section, "sublayer", entry=entry if entry != leaving else None, after_norm=norm)
 
 
-def _closing(own: Sequence[str], weights: Mapping[str, str]) -> str | None:
-    """The module that computes a sub-layer's output: its output projection, or the experts."""
+def _closings(own: Sequence[str], weights: Mapping[str, str]) -> list[str]:
+    """The modules that compute outputs of sub-layers: output projections, or the experts."""
     for ending in (".qkv", ".o", ".down", ".experts"):
-        for path in reversed(own):
-            if weights[path].endswith(ending) and (ending != ".qkv" or f"{path}.out_proj" in own):
-                return path
-    return None
+        found = [path for path in own if weights[path].endswith(ending)]
+        found = [path for path in found if ending != ".qkv" or f"{path}.out_proj" in own]
+        if found:
+            return found
+    return []
 
 
 def _climb(within: Mapping[str, nn.Module], path: str, foreign: Iterable[str]) -> str:
