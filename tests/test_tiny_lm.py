@@ -36,7 +36,7 @@ SENTENCES = [
     "In the early years of the century, many people moved to the cities to find work.",
     "It is important to understand how the members of a group think about one another.",
 ]
-BOUND = 3.3
+BOUND = 2.8
 """Mean loss on them, in nats per token; an untrained model has ln(6144) = 8.7."""
 
 
@@ -143,7 +143,7 @@ def test_it_expects_english_sentences_and_not_their_words_in_disorder(loaded: Lo
     for text in SENTENCES:
         words = text.split()
         random.Random(0).shuffle(words)
-        assert nats_per_token(loaded, " ".join(words)) > nats_per_token(loaded, text) + 0.5
+        assert nats_per_token(loaded, " ".join(words)) > nats_per_token(loaded, text) + 2
 
 
 @pytest.mark.parametrize("method", ["lora", "prefix-flat", "prompt"])
@@ -152,15 +152,15 @@ def test_it_writes_the_same_with_and_without_a_cache_under(method: str) -> None:
     model: Any = loaded.model
     start = tokens_of(loaded, "The people of the city were")
     words: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": 5}
-    before = model.generate(**start, **words)
+    before = model(**start).logits[:, -1]
     delta = dw.attach(model, method)
     with torch.no_grad():
         for parameter in delta.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)), alpha=0.3)
     cached, plain = (model.generate(**start, **words, use_cache=use) for use in (True, False))
-    assert cached.shape[1] == before.shape[1]
+    assert cached.shape[1] == start["input_ids"].shape[1] + 8
     assert torch.equal(cached, plain)
-    assert not torch.equal(cached, before)
+    assert (model(**start).logits[:, -1] - before).abs().max() > 0.1
 
 
 # ---- how it was trained ---------------------------------------------------------------------------------
