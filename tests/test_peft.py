@@ -68,6 +68,10 @@ def prompt(task: str) -> Callable[[], Any]:
     return lambda: peft.PromptTuningConfig(task_type=task, num_virtual_tokens=3)
 
 
+def prefix(**options: Any) -> Callable[[], Any]:
+    return lambda: peft.PrefixTuningConfig(task_type=CAUSAL, num_virtual_tokens=3, **options)
+
+
 CAUSAL, CLASSES = "CAUSAL_LM", "SEQ_CLS"
 CASES: dict[str, tuple[str, Callable[[], Any]]] = {
     "lora": ("llama", lora(task_type=CAUSAL)),
@@ -127,6 +131,9 @@ CASES: dict[str, tuple[str, Callable[[], Any]]] = {
     "prompt-absolute": ("gpt2", prompt(CAUSAL)),
     "prompt-classifier": ("bert", prompt(CLASSES)),
     "prompt-t5": ("t5", prompt("SEQ_2_SEQ_LM")),
+    "prefix": ("llama", prefix()),
+    "prefix-absolute": ("gpt2", prefix()),
+    "prefix-projected": ("qwen2", prefix(prefix_projection=True, encoder_hidden_size=16)),
     "lora-vit": ("vit", lora(target_modules="all-linear", modules_to_save=["classifier"])),
 }
 

@@ -63,7 +63,7 @@ class Tokens(NamedTuple):
     Shapes: embeds [batch, length, width]; mask [batch, cached + length] or None. ``cached`` counts the positions
     that a key/value cache already holds. ``inserted`` is (position, count) of virtual tokens, which the engine
     removes from the output again unless they are ``kept``. ``arguments`` are all that the trunk was called with, by
-    name.
+    name. ``behind`` is by how many positions the text is moved back.
     """
 
     embeds: Tensor
@@ -72,6 +72,7 @@ class Tokens(NamedTuple):
     inserted: tuple[int, int] = (0, 0)
     arguments: Mapping[str, Any] = MappingProxyType({})
     kept: bool = False
+    behind: int = 0
 
     def insert(self, prompt: Tensor, at: int = 0, *, kept: bool = False) -> Tokens:
         """The same input with virtual tokens ``prompt`` [count, width] in front of each row's real token ``at``.

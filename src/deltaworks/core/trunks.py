@@ -25,7 +25,7 @@ def run_trunk(module: Any, run: Callable[..., Any], tuners: list[Any], args: tup
     result: list[Any] = [None]
 
     def base(tokens: Tokens) -> Tensor:
-        changed = tokens.embeds is not embeds or tokens.inserted[1]
+        changed = tokens.embeds is not embeds or tokens.inserted[1] or tokens.behind
         new = trunk_arguments(module, call, tokens) if changed else {}
         if tokens.embeds is not embeds:
             new |= {"input_ids": None, "inputs_embeds": tokens.embeds}
@@ -55,9 +55,9 @@ def trunk_arguments(module: Any, call: dict[str, Any], tokens: Tokens) -> dict[s
     new: dict[str, Any] = {}
     at, count = tokens.inserted
     length = tokens.embeds.shape[1]
-    if module._longest is not None and tokens.cached + length > module._longest:
+    if module._longest is not None and tokens.cached + length + tokens.behind > module._longest:
         raise UserError(
-            f"{count} virtual tokens and {tokens.cached + length - count} real ones are more than the "
+            f"{count + tokens.behind} virtual tokens and {tokens.cached + length - count} real ones are more than the "
             f"{module._longest} positions of the model: shorten the prompt or the input"
         )
     mask = call.get("attention_mask")
@@ -80,6 +80,19 @@ def trunk_arguments(module: Any, call: dict[str, Any], tokens: Tokens) -> dict[s
 
 def trunk_positions(module: Any, call: dict[str, Any], tokens: Tokens) -> Tensor | None:
     """Position ids [batch, length] with the virtual tokens; None where the trunk's own are right."""
+    positions = _inserted_positions(module, call, tokens)
+    if not tokens.behind:
+        return positions
+    if "position_ids" not in module._argument_names:
+        raise UserError(f"{type(module).__name__} takes no positions, so its text cannot be moved back by a prefix")
+    if positions is None:
+        length = tokens.embeds.shape[1]
+        positions = torch.arange(tokens.cached, tokens.cached + length, device=tokens.embeds.device)[None]
+    return positions + tokens.behind
+
+
+def _inserted_positions(module: Any, call: dict[str, Any], tokens: Tokens) -> Tensor | None:
+    """Position ids for the text and the virtual tokens in it; None where the trunk's own are right."""
     positions, mask, (at, count) = call.get("position_ids"), tokens.mask, tokens.inserted
     batch, length = tokens.embeds.shape[:2]
     if module._first_position is not None and positions is None:

@@ -20,7 +20,7 @@ from deltaworks.core.registry import Config
 from deltaworks.store.files import check_writable, read_json
 from deltaworks.store.foreign import lost
 from deltaworks.store.foreign.peft_config import STARTS, Plan, as_plain, plan, row_of, usual_targets
-from deltaworks.store.foreign.peft_slots import slots, without_repeated
+from deltaworks.store.foreign.peft_slots import check_whole, slots, without_repeated
 from deltaworks.store.foreign.peft_written import written
 from deltaworks.store.foreign.tensors import check_fit, read_tensors, write_json, write_tensors
 
@@ -79,16 +79,20 @@ def attached(model: nn.Module, data: Mapping[str, Any], tensors: dict[str, Any],
 
 
 def _fill(delta: Delta, path: Path, made: Plan, tensors: dict[str, Any]) -> None:
-    places = {slot.theirs: slot for slot in slots(delta, made.row)}
-    tensors = without_repeated(delta, made.row, tensors, places)
+    places = list(slots(delta, made.row))
+    tensors = without_repeated(delta, made.row, tensors, {slot.theirs for slot in places})
     check_fit(
-        path, tensors, {key: slot.shape for key, slot in places.items() if key in tensors or not slot.name.optional}
+        path, tensors, {slot.theirs: slot.shape for slot in places if slot.theirs in tensors or not slot.name.optional}
     )
+    check_whole(path, places, tensors)
     stored = delta.tensors().keys()
-    for key, slot in places.items():
-        if slot.name.optional and key in tensors and not torch.allclose(slot.current(), slot.read(tensors[key])):
-            raise UserError(f"{str(path)!r}: {key!r} was drawn otherwise than from its seed, which is all that is kept")
-    delta.restore({slot.ours: slot.read(tensors[key]) for key, slot in places.items() if slot.ours in stored})
+    for slot in places:
+        given = tensors.get(slot.theirs)
+        if slot.name.optional and given is not None and not torch.allclose(slot.current(), slot.read(given)):
+            raise UserError(
+                f"{str(path)!r}: {slot.theirs!r} was drawn otherwise than from its seed, which is all that is kept"
+            )
+    delta.restore({slot.ours: slot.read(tensors[slot.theirs]) for slot in places if slot.ours in stored})
 
 
 def _resized(model: nn.Module, prefix: str, tensors: Mapping[str, Any]) -> list[str]:

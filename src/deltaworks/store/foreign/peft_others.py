@@ -10,6 +10,7 @@ from torch import Tensor
 
 from deltaworks.core.errors import UserError
 from deltaworks.core.sites import is_causal
+from deltaworks.store.foreign import lost
 from deltaworks.store.foreign.peft_types import Field, Name, Spot, Type, at, base_added, reshaped, under
 from deltaworks.store.foreign.targets import named
 
@@ -206,5 +207,55 @@ PROMPT_TUNING = Type(
     shaped=("position", "kept"),
     holds=lambda tuner: tuner.position == 0,
     starts=(True,),
+    whole=True,
+)  # fmt: skip
+
+
+def _heads(which: int) -> Name:
+    """The keys (0) or values (1) [kv_heads, l, head_dim] of one block, in [l, 2 blocks kv_heads head_dim]."""
+
+    def columns(spot: Spot) -> slice:
+        heads, _, size = spot.tuner.key.shape
+        start = (2 * (spot.place.block or 0) + which) * heads * size
+        return slice(start, start + heads * size)
+
+    def read(tensor: Tensor, spot: Spot) -> Tensor:
+        heads, length, size = spot.tuner.key.shape
+        return tensor.reshape(length, heads, size).transpose(0, 1)
+
+    return Name(
+        ("key", "value")[which],
+        "prompt_embeddings",
+        lambda shape, spot: (spot.tuner.key.shape[1], None),
+        read=read,
+        write=lambda tensor, spot: tensor.transpose(0, 1).flatten(1),
+        columns=columns,
+    )
+
+
+def _shifted(data: Mapping[str, Any], place: Any, model: Any) -> dict[str, Any]:
+    config = getattr(model, "config", None)
+    if not is_causal(model) or getattr(config, "is_encoder_decoder", False):
+        raise UserError(
+            f"peft's PREFIX_TUNING of {type(model).__name__} is not held: there the prefix takes part in its positions"
+        )
+    if getattr(config, "sliding_window", None):
+        lost("the prefix is never behind the sliding window here: for longer texts the outputs differ")
+    return {"shifted": True}
+
+
+PREFIX_TUNING = Type(
+    "PREFIX_TUNING",
+    "prefix-flat",
+    fields=(Field("length", "num_virtual_tokens", None),),
+    names={"keyvalue": (_heads(0), _heads(1)), "trunk": ()},
+    site=_shifted,
+    idle=(
+        "prefix_projection", "encoder_hidden_size", "token_dim", "num_transformer_submodules", "num_attention_heads",
+        "num_layers",
+    ),
+    shaped=("shifted",),
+    holds=lambda tuner: tuner.config.shifted and tuner.config.init == "random",
+    starts=(True, None),
     whole=True,
 )  # fmt: skip

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -28,6 +29,8 @@ class Slot(NamedTuple):
     def read(self, tensor: Tensor) -> Tensor:
         """Their tensor as ours."""
         own = _tensors(self.spot)[self.name.ours]
+        if self.name.columns is not None:
+            tensor = tensor[:, self.name.columns(self.spot)]
         return self.name.read(tensor if None in self.shape else tensor.reshape(own.shape), self.spot)
 
     def write(self, tensor: Tensor) -> Tensor:
@@ -35,6 +38,13 @@ class Slot(NamedTuple):
         value = self.name.write(tensor, self.spot)
         shape = self.name.shape(tuple(value.shape), self.spot)
         return value.reshape([-1 if size is None else size for size in shape])
+
+    def into(self, tensors: dict[str, Tensor], tensor: Tensor) -> None:
+        """Put ours, as theirs, among the tensors of their file."""
+        value = self.write(tensor)
+        if self.name.columns is not None:
+            value = torch.cat([tensors.get(self.theirs, value[:, :0]), value], dim=1)  # in the order of the model
+        tensors[self.theirs] = value
 
     def current(self) -> Tensor:
         """The tensor of ours, whether it is stored or made again."""
@@ -67,6 +77,14 @@ def _names(row: Type, item: Attached, adapted: set[str]) -> tuple[Name, ...]:
 
 def _tensors(spot: Spot) -> dict[str, Tensor]:
     return dict(spot.tuner.named_parameters()) | dict(spot.tuner.named_buffers())
+
+
+def check_whole(path: Path, places: Sequence[Slot], tensors: Mapping[str, Tensor]) -> None:
+    """Raises UserError where a tensor that holds several of ours side by side is wider than they are."""
+    widths = {slot.theirs: slot.name.columns(slot.spot).stop for slot in places if slot.name.columns is not None}
+    for key, width in widths.items():  # the last block's
+        if tensors[key].shape[1] != width:
+            raise UserError(f"{str(path)!r}: {key!r} is {tensors[key].shape[1]} wide, and this model takes {width}")
 
 
 REPEATED = (".base_layer", ".original_module", ".modules_to_save")

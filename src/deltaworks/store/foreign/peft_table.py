@@ -7,9 +7,21 @@ P_TUNING and ADAPTION_PROMPT (no methods here yet), and the types that no method
 from __future__ import annotations
 
 from deltaworks.store.foreign.peft_lowrank import ADALORA, LOHA, LOKR, LORA, VERA
-from deltaworks.store.foreign.peft_others import BAT, BOFT, FOURIERFT, HRA, IA3, LN_TUNING, MISS, OFT, PROMPT_TUNING
+from deltaworks.store.foreign.peft_others import (
+    BAT,
+    BOFT,
+    FOURIERFT,
+    HRA,
+    IA3,
+    LN_TUNING,
+    MISS,
+    OFT,
+    PREFIX_TUNING,
+    PROMPT_TUNING,
+)  # fmt: skip
 from deltaworks.store.foreign.peft_types import Type
 
 TYPES: tuple[Type, ...] = (
     LORA, ADALORA, LOHA, LOKR, VERA, OFT, BOFT, HRA, FOURIERFT, MISS, BAT, IA3, LN_TUNING, PROMPT_TUNING,
+    PREFIX_TUNING,
 )  # fmt: skip

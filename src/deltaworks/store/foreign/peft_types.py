@@ -45,7 +45,8 @@ class Name:
 
     ``shape`` gives their shape from ours (None: any size); the values stand in the same order, changed by ``read`` to
     ours and by ``write`` to theirs. ``when`` says for which tuners the name stands; an ``optional`` tensor is one that
-    we make again, so that it is only compared.
+    we make again, so that it is only compared. ``columns`` are those of their tensor that are ours, where it holds
+    several of ours side by side.
     """
 
     ours: str
@@ -55,6 +56,7 @@ class Name:
     write: Callable[[Tensor, Spot], Tensor] = lambda tensor, spot: tensor
     when: Callable[[Spot], bool] = lambda spot: True
     optional: bool = False
+    columns: Callable[[Spot], slice] | None = None
 
 
 @dataclass(frozen=True)

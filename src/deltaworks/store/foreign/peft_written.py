@@ -108,11 +108,11 @@ def _fields(row: Type, items: Sequence[Attached], seed: int) -> dict[str, Any]:
 
 def _tensors(delta: Delta, row: Type) -> dict[str, Tensor]:
     """The tensors of the methods' own rows (biases and whole modules are added by their callers)."""
-    found = {}
+    found: dict[str, Tensor] = {}
     for slot in slots(delta, row):
         if slot.spot.tuner.config is not None and slot.spot.tuner.config.name == row.method:
             stored = slot.spot.tuner.stored()
-            found[slot.theirs] = slot.write(stored[slot.name.ours] if slot.name.ours in stored else slot.current())
+            slot.into(found, stored[slot.name.ours] if slot.name.ours in stored else slot.current())
     return found
 
 

@@ -8,8 +8,8 @@ MLP form: P = tanh(E M_1^T + c_1) M_2^T + c_2 with M_2 [2 d_kv, m], c_2 [2 d_kv]
 M_1 [m, d], c_1 [m] of its stack (encoder self, decoder self, decoder cross); only P is kept after training.
 Count: flat and stored, 2 l d_kv for each attention; trained in the MLP form, l d + d m + m for each stack and
 2 d_kv (m + 1) for each attention.
-Departure: prefix keys stand outside the text's positions (no rotation, no relative bias, never behind a window),
-where the published code shifts the text by l: so a cache holds the text alone and padding cannot part the two.
+Departure: prefix keys stand outside the text's positions (no rotation, no relative bias, never behind a window), so a
+cache holds the text alone and padding cannot part the two; the published code moves the text back by l (``shifted``).
 """
 
 from collections.abc import Callable, Mapping
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltaworks.core.errors import UserError
-from deltaworks.core.forms import Heads, Tuner
+from deltaworks.core.forms import Heads, Tokens, Tuner
 from deltaworks.core.registry import Config, method, option
 from deltaworks.core.sites import Site
 
@@ -42,6 +42,17 @@ class FlatPrefixTuner(Tuner):
         if self.gate is None:
             return base(heads.prepend(self.key, self.value))
         return base(heads) + torch.tanh(self.gate).to(heads.query.dtype) * attended(heads, self.key, self.value)
+
+
+class Shift(Tuner):
+    """Moves the text of one trunk back by l positions."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.length = length
+
+    def around(self, base: Callable[[Tokens], Tensor], tokens: Tokens) -> Tensor:
+        return base(tokens._replace(behind=tokens.behind + self.length))
 
 
 def attended(heads: Heads, key: Tensor, value: Tensor) -> Tensor:
@@ -133,8 +144,7 @@ class Prefix(Config):
     "prefix-flat",
     family="additive/prompts",
     paper="Liu et al., 2021, arXiv:2110.07602",
-    kinds=("keyvalue",),
-    tuner=FlatPrefixTuner,
+    kinds=("keyvalue", "trunk"),
     identity=False,
     learning_rate=1e-2,
     tried=(3e-3, 1e-2, 3e-2),
@@ -144,3 +154,12 @@ class FlatPrefix(Config):
     targets: str = option("*attention.kv", "the attentions that get virtual keys and values")
     length: int = option(30, "number of virtual keys l", least=0)
     init: str = option("random", "random: N(0, 1); gate: N(0, 1) behind a zero gate", choices=("random", "gate"))
+    shifted: bool = option(False, "move the text back by l positions, as huggingface/peft does")
+
+    def places(self, anatomy):  # type: ignore[no-untyped-def]
+        places = anatomy.select(self.targets, ("keyvalue",))
+        stacks = {place.stack for place in places} if self.shifted else set()
+        return [p for p in anatomy.places if p in places or (p.kind == "trunk" and p.stack in stacks)]
+
+    def tuner(self, site: Site) -> Tuner:
+        return Shift(self.length) if site.place.kind == "trunk" else FlatPrefixTuner(site, self)
