@@ -20,7 +20,7 @@ from deltaworks.core.delta import Delta
 from deltaworks.core.errors import UserError
 from deltaworks.store.files import check_writable
 from deltaworks.store.foreign import lost, peft
-from deltaworks.store.foreign.peft_table import LORA
+from deltaworks.store.foreign.peft_table import LORA, TYPES
 from deltaworks.store.foreign.peft_written import written
 from deltaworks.store.foreign.tensors import read_metadata, read_tensors, write_tensors
 
@@ -28,7 +28,7 @@ WEIGHTS, METADATA = "pytorch_lora_weights.safetensors", "lora_adapter_metadata"
 PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
 """What diffusers calls the models of a pipeline that an adapter can stand in."""
 HELD = ("LORA", "LOKR")
-"""The types of peft that diffusers reads from this file."""
+"""The types of peft that diffusers reads from this file; other methods are written as LoRA."""
 
 
 def recognises(folder: Path) -> bool:
@@ -39,9 +39,7 @@ def write(delta: Delta, folder: Path, rank: int | None = None) -> None:
     """Write an adapter beside those of other parts of its pipeline; ``rank`` makes it a LoRA. Raises UserError."""
     part, path = part_of(delta.model), folder / WEIGHTS
     check_writable(folder)
-    data, tensors = written(delta, rank)
-    if data["peft_type"] not in HELD:
-        raise UserError(f"diffusers reads no adapter of the type {data['peft_type']}: give a rank to make it a LoRA")
+    data, tensors = written(delta, rank, [row for row in TYPES if row.peft in HELD])
     if data.get("modules_to_save") or data.get("bias", "none") != "none":
         raise UserError("diffusers reads no modules or biases that are trained in full: leave also= and bitfit out")
     others, metadata = _read(path) if path.is_file() else ({}, {})
@@ -72,13 +70,13 @@ def read(model: nn.Module, folder: Path, name: str) -> Delta:
 
 
 def part_of(model: nn.Module) -> str:
-    """What diffusers calls this model in its pipelines. Raises UserError for a model that is in none."""
+    """What diffusers calls this model in its pipelines. Raises UserError for one that it loads no adapters into."""
     kinds = {(kind.__module__.partition(".")[0], kind.__name__) for kind in type(model).__mro__}
-    if ("diffusers", "ModelMixin") in kinds:
+    if ("diffusers", "PeftAdapterMixin") in kinds:
         return "unet" if type(model).__name__.startswith("UNet") else "transformer"
     if ("transformers", "CLIPTextModel") in kinds:
         return "text_encoder"
-    raise UserError(f"{type(model).__name__} is no part of a diffusion pipeline: use format='peft'")
+    raise UserError(f"diffusers loads no adapter into a {type(model).__name__}: use format='peft'")
 
 
 def _part(key: str) -> str:

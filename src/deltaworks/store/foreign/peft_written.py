@@ -31,13 +31,15 @@ TASKS = {
 }
 
 
-def written(delta: Delta, rank: int | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Configuration and tensors. Raises UserError for what peft cannot express."""
+def written(
+    delta: Delta, rank: int | None = None, rows: Sequence[Type] = TYPES
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Configuration and tensors: of a type among ``rows``, else as LoRA. Raises UserError for what cannot be said."""
     if delta.cut is not None:
         raise UserError(f"{delta.config} cuts the base, which no checkpoint of peft can say")
     items = method_items(delta)
     mine = [item for item in items if item.tuner.config.name != "bitfit"]
-    row = None if rank is not None else native(mine)
+    row = None if rank is not None else native(mine, rows)
     names = targets.module_names(delta.model)
     data: dict[str, Any] = {"peft_version": VERSION, "inference_mode": True}
     if row is None:
@@ -65,13 +67,13 @@ def written(delta: Delta, rank: int | None = None) -> tuple[dict[str, Any], dict
     return data, {key: value.float() if value.dtype == torch.float64 else value for key, value in tensors.items()}
 
 
-def native(items: Sequence[Attached]) -> Type | None:
+def native(items: Sequence[Attached], rows: Sequence[Type] = TYPES) -> Type | None:
     """The row that says this adapter as it is, or None."""
     configs = list({id(item.tuner.config): item.tuner.config for item in items}.values())
     paths = [item.place.path for item in items]
     if not items or len(set(paths)) < len(paths) or any(item.place.part is not None for item in items):
         return None
-    for row in TYPES:
+    for row in rows:
         if any(item.tuner.config.name != row.method or not row.holds(item.tuner) for item in items):
             continue
         if any(item.place.kind not in row.names for item in items):
