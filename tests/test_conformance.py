@@ -128,7 +128,7 @@ def test_merged_equals_unmerged_and_a_naive_oracle(method: str, family: str) -> 
 
 def ties(delta: dw.Delta) -> bool:
     """Whether the adapter changes one owner of a tied weight and not the others."""
-    paths = {item.place.path for item in delta.attached}
+    paths = {place.path for item in delta.attached for place, _ in item.all}
     owners = [{name.rpartition(".")[0] for name in group} for group in delta.anatomy.tied]
     return any(group & paths and not group <= paths for group in owners)
 

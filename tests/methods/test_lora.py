@@ -144,10 +144,10 @@ def test_dropout_acts_on_the_input_of_A_while_training_only() -> None:
         attached("linear", "lora[rank=17]")
 
 
-def test_adapting_a_tied_embedding_leaves_the_head() -> None:
+def test_an_embedding_that_is_tied_to_the_head_can_be_adapted_alone() -> None:
     model, inputs = zoo.ZOO["qwen2"]()
     head = model(**inputs).logits
-    delta = dw.attach(model, "lora", targets="embedding", rank=2)
+    delta = dw.attach(model, "lora", targets="embedding", rank=2, tied=False)
     disturb(delta)
     hidden = torch.randn(1, zoo.WIDTH)
     table = model.get_input_embeddings().weight  # type: ignore[operator]

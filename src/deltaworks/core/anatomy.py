@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from itertools import chain
 
 import torch
 from torch import nn
@@ -237,9 +238,13 @@ def anatomy(model: nn.Module) -> Anatomy:
 
 
 def _tied(model: nn.Module) -> list[list[str]]:
-    """Names of parameters that are one tensor, or views of one storage from the same element on."""
+    """Names of parameters that are one tensor, or views of one storage from the same element on.
+
+    A module that is found under two paths has the first.
+    """
     groups: dict[tuple[int, int], list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    owned = (module.named_parameters(path, recurse=False) for path, module in model.named_modules())
+    for name, parameter in chain.from_iterable(owned):
         key: tuple[int, int] = (id(parameter), 0)
         if parameter.device.type != "meta" and type(parameter.data) is torch.Tensor and parameter.numel():
             key = (parameter.untyped_storage().data_ptr(), int(parameter.storage_offset()))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -15,25 +16,37 @@ from deltaworks.core.errors import UserError
 from deltaworks.core.forms import Replacement, Tuner
 from deltaworks.core.places import Place
 from deltaworks.core.registry import Config, OnTop
+from deltaworks.core.rows import KINDS as ROWED
+from deltaworks.core.rows import parse, rows_tuner
 from deltaworks.core.sites import Site
+from deltaworks.core.ties import Twin, owners, twins
 from deltaworks.core.weights import WEIGHT_KINDS, base_tensors
 
 
 @dataclass
 class Attached:
-    """One tuner at its place: ``key`` names it in files, ``member`` is its method's position in a composition."""
+    """One tuner at its place: ``key`` names it in files, ``member`` is its method's position in a composition.
+
+    ``twins`` are what it is in other modules that own its weight.
+    """
 
     key: str
     member: int
     place: Place
     tuner: Tuner
+    twins: list[Twin] = field(default_factory=list)
+
+    @property
+    def all(self) -> list[tuple[Place, Any]]:
+        """The tuner and its twins, each with the place where it acts."""
+        return [(self.place, self.tuner), *((twin.place, twin) for twin in self.twins)]
 
 
 class Builder:
     """Makes the tuners of one adapter; ``taps`` are the values of other modules that they need."""
 
-    def __init__(self, model: nn.Module, anatomy: Anatomy, members: Sequence[Config], seed: int) -> None:
-        self.model, self.anatomy, self.members, self.seed = model, anatomy, members, seed
+    def __init__(self, model: nn.Module, anatomy: Anatomy, members: Sequence[Config], seed: int, tied: bool) -> None:
+        self.model, self.anatomy, self.members, self.seed, self.tied = model, anatomy, members, seed, tied
         self.shared: dict[Hashable, Any] = {}
         self.taps: list[tuple[nn.Module, Tap]] = []
 
@@ -45,22 +58,55 @@ class Builder:
             if f"family:{family}" in config.limits:
                 sentence = config.limits[f"family:{family}"]
                 raise UserError(f"{config.name} does not work on {type(self.model).__name__}: {sentence}")
-            made = [self._make(config.tuner, member, place, config) for place in config.places(self.anatomy)]
-            if not any(made) and config.kinds:  # a method without kinds acts on the others' tuners
+            made = self._of(config, member)
+            if not made and config.kinds:  # a method without kinds acts on the others' tuners
                 mend = config.limits.get("nothing", "give targets")
                 raise UserError(f"{config} has nothing to tune in {type(self.model).__name__}: {mend}")
-            attached += [item for item in made if item is not None]
+            attached += made
         if all(isinstance(config, OnTop) for config in self.members):
             names = "+".join(str(config) for config in self.members)
             raise UserError(f"{names} stands on no method: write it behind one, as in 'lora+{names}'")
         replaced = {item.place.path for item in attached if isinstance(item.tuner, Replacement)}
-        for place in self.anatomy.select(also, WEIGHT_KINDS) if also else []:
-            if place.whole and place.path not in replaced:
-                item = self._make(Replacement, len(self.members), place, None)
-                assert item is not None
-                item.key += "<also>" * any(item.key == other.key for other in attached)
-                attached.append(item)
+        for item in self._also(also, replaced):
+            item.key += "<also>" * any(item.key == other.key for other in attached)
+            attached.append(item)
+        whole = {(item.member, item.place.path) for item in attached if item.tuner.gives("tensor")}
+        for item in attached:  # what holds a whole module has one twin for another, and none where it stands itself
+            item.twins = [twin for twin in item.twins if (item.member, twin.place.path) not in whole]
+            whole |= {(item.member, twin.place.path) for twin in item.twins if twin.gives("tensor")}
         return attached
+
+    def _also(self, also: Sequence[str], replaced: set[str]) -> list[Attached]:
+        """What is trained in full beside the methods: modules that these do not replace, and rows of others."""
+        makers: dict[Place, Any] = {}
+        if modules := [item for item in also if parse(item) is None]:
+            places = self.anatomy.select(modules, WEIGHT_KINDS)
+            makers = {place: Replacement for place in places if place.whole and place.path not in replaced}
+        rows: dict[Place, set[int]] = {}
+        for target, numbers in filter(None, map(parse, also)):
+            for place in self.anatomy.select(target, ROWED):
+                for owner in (place, *self._owners(place)):
+                    rows.setdefault(owner, set()).update(numbers)
+        for place, found in rows.items():
+            if place.whole and place not in makers and place.path not in replaced:
+                makers[place] = functools.partial(rows_tuner, rows=sorted(found))
+        made = (self._make(make, len(self.members), place, None) for place, make in makers.items())
+        return [item for item in made if item is not None]
+
+    def _owners(self, place: Place) -> list[Place]:
+        """The places of the other modules that own a place's weight, where a change belongs to the weight."""
+        paths = [path for path, _ in owners(self.anatomy, place.path, place.parameter)] if self.tied else []
+        return [other for other in self.anatomy.places if other.path in paths and other.kind in ROWED and other.whole]
+
+    def _of(self, config: Config, member: int) -> list[Attached]:
+        """The tuners of one method: one for each weight, whichever of its owners are targets."""
+        made: list[Attached] = []
+        for place in config.places(self.anatomy):
+            tuned = (twin for item in made for twin in item.twins if not twin.gives("tensor"))
+            if not any(_same_matrix(twin.place, place) for twin in tuned):
+                item = self._make(config.tuner, member, place, config)
+                made += [item] if item is not None else []
+        return made
 
     def _make(self, make: Any, member: int, place: Place, config: Any) -> Attached | None:
         site = Site(place, self.model, self.anatomy, self.seed, self.shared)
@@ -86,7 +132,11 @@ class Builder:
             key += f"[{place.role}]"
         if sum(bool(other.kinds) for other in self.members) > 1 and member < len(self.members):
             key += f"<{member}>"
-        return Attached(key, member, place, tuner)
+        return Attached(key, member, place, tuner, twins(self.model, self.anatomy, tuner) if self.tied else [])
+
+
+def _same_matrix(one: Place, other: Place) -> bool:
+    return (one.name, one.part) == (other.name, other.part)
 
 
 def _unfit(tuner: Tuner, site: Site) -> tuple[str, str] | None:

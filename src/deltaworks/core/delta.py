@@ -36,20 +36,23 @@ def attach(
     name: str = "default",
     also: Sequence[str] | str = (),
     seed: int = 0,
+    tied: bool = True,
     **options: Any,
 ) -> Delta:
     """Put an adapter around operations of ``model``, which stays the same object, changed in place.
 
     ``method`` is a name, a composition string or a configuration, also one of huggingface/peft (an object or the
-    content of its ``adapter_config.json``); ``options`` are its options. ``also`` are
-    targets that are trained in full and saved with the adapter (a fresh classifier). ``seed`` decides all that
-    is random. The base is frozen, the new adapter is the one that acts. Returns its handle. Raises UserError for
-    an unknown method, option or target, before anything is changed.
+    content of its ``adapter_config.json``); ``options`` are its options. ``also`` are targets that are trained in
+    full and saved with the adapter: a fresh classifier; with rows behind it, ``embedding.token#32000-32003``, the
+    embeddings of new tokens alone, and the same rows of a tied head. ``seed`` decides all that is random. A change of
+    a tied weight acts in all its owners; with ``tied=False`` in the targets alone, as in peft without
+    ``ensure_weight_tying``, so that it cannot be merged. The base is frozen, the new adapter is the one that acts.
+    Returns its handle. Raises UserError for an unknown method, option or target, before anything is changed.
     """
     if not isinstance(method, str | Config):
         from deltaworks.store.foreign import translator  # the front door takes other libraries' configurations too
 
-        method, more, seed = translator(method).translated(model, method, seed)
+        method, more, seed, tied = translator(method).translated(model, method, seed)
         also = [*([also] if isinstance(also, str) else also), *more]
     config = configure(method, **options)
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
@@ -61,7 +64,7 @@ def attach(
         raise UserError("an adapter is merged into the weights: unmerge it before attaching another one")
     also = [also] if isinstance(also, str) else list(also)
     with board.whole():
-        delta = Delta(model, name, config, also, seed, board)
+        delta = Delta(model, name, config, also, seed, board, tied)
     install(delta)
     delta.base = base_marks(delta)
     return delta
@@ -70,8 +73,11 @@ def attach(
 class Delta:
     """The handle of one adapter on one model: its tuners, its configuration and its procedure."""
 
-    def __init__(self, model: nn.Module, name: str, config: Config, also: list[str], seed: int, board: Board) -> None:
+    def __init__(
+        self, model: nn.Module, name: str, config: Config, also: list[str], seed: int, board: Board, tied: bool
+    ) -> None:
         self.model, self.name, self.config, self.also, self.seed, self.board = model, name, config, also, seed, board
+        self.tied = tied
         self.members: list[Config] = config.parts()  # the methods that this adapter is made of
         self.merged = False
         self.base: dict[str, Any] = {}  # by which its base is known again
@@ -80,7 +86,7 @@ class Delta:
         self._before: merging.Before = {}
         self.cut: Cut | None = None  # what it takes away from the base while it acts
         self.ranks: dict[str, int] = {}  # what is left of tuners that were cut with it, by key
-        builder = Builder(model, self.anatomy, self.members, seed)
+        builder = Builder(model, self.anatomy, self.members, seed, tied)
         self.attached: list[Attached] = builder.build(also)
         self.keys = [item.key for item in self.attached]  # with those that are taken off
         self._taps: list[tuple[nn.Module, Tap]] = builder.taps
@@ -245,7 +251,7 @@ class Delta:
         return cost
 
     def _paths(self) -> list[str]:
-        return list(dict.fromkeys(item.place.path for item in self.attached))
+        return list(dict.fromkeys(place.path for item in self.attached for place, _ in item.all))
 
     def unmerge(self) -> None:
         """Put the base weights back, bit for bit."""
@@ -258,11 +264,12 @@ class Delta:
 
     def drop(self, item: Attached) -> None:
         """Take one tuner off for good."""
-        deltas: Any = self.model.get_submodule(item.place.path).deltas
-        left = [tuner for tuner in deltas[self.name] if tuner is not item.tuner]
-        del deltas[self.name]
-        if left:
-            deltas[self.name] = nn.ModuleList(left)
+        for place, tuner in item.all:
+            deltas: Any = self.model.get_submodule(place.path).deltas
+            left = [other for other in deltas[self.name] if other is not tuner]
+            del deltas[self.name]
+            if left:
+                deltas[self.name] = nn.ModuleList(left)
         self.attached = [other for other in self.attached if other is not item]
 
     def detach(self) -> None:

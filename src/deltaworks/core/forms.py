@@ -145,6 +145,8 @@ class Tuner(nn.Module):
     """Whether weight decay makes sense (not for tensors that start at one)."""
     adds: ClassVar[bool] = True
     """Whether its change of the weight can act together with other adapters' changes."""
+    tied: ClassVar[bool] = True
+    """Whether its change belongs to the weight, and so acts in every module that owns it."""
     strength: float = 1.0
     """How much of its change acts: less than all of it for a while (see ``layers.damped``)."""
     observer: Callable[[Any, Tensor, Tensor], None] | None = None

@@ -27,8 +27,9 @@ def install(delta: Delta) -> None:
         _freeze(model, board)
     board.deltas[delta.name] = delta
     for item in delta.attached:
-        place = item.place
-        module = _with_tuner(delta, place, item.tuner)
+        place, module = item.place, model.get_submodule(item.place.path)
+        for where, tuner in item.all:
+            _add(delta, where, tuner)
         if place.kind == "sublayer" and place.entry is not None and "_entry_tap" not in module.__dict__:
             tap = Tap("input")
             module.__dict__["_entry_tap"] = tap
@@ -51,8 +52,8 @@ def _freeze(model: nn.Module, board: Board) -> None:
         wrap(layer, board)
 
 
-def _with_tuner(delta: Delta, place: Place, tuner: Tuner) -> Any:
-    """The module at a place, wrapped, with one tuner more."""
+def _add(delta: Delta, place: Place, tuner: nn.Module) -> None:
+    """Wrap the module at a place, and give it a tuner."""
     module: Any = delta.model.get_submodule(place.path)
     wrap(module, delta.board)
     if delta.name not in module.deltas:
@@ -63,7 +64,6 @@ def _with_tuner(delta: Delta, place: Place, tuner: Tuner) -> Any:
     if is_read(reader, place.path):
         wrap(reader, delta.board)
         reader._reads = [*(other for other in reader._reads if other is not module), module]
-    return module
 
 
 def _tap(module: nn.Module, tap: Tap, board: Board) -> None:

@@ -86,6 +86,7 @@ def report(delta: Delta, *, ranks: bool = False) -> Report:
     rows: dict[str, Row] = {}
     seen: set[int] = set()
     trained = {id(p) for p in delta.parameters()}
+    counted: set[tuple[int, int]] = set()  # whole tensors, by member and identity: tied ones change once
     for item in delta.attached:
         row = rows.setdefault(item.place.role, Row(item.place.role))
         row.sites += 1
@@ -98,6 +99,9 @@ def report(delta: Delta, *, ranks: bool = False) -> Report:
         if item.tuner.form() == 3 or weight is None:
             row.changed += trainable
             continue
+        if item.tuner.gives("tensor") and (item.member, id(weight)) in counted:
+            continue
+        counted.add((item.member, id(weight)))
         if weight.device.type == "meta":
             row.changed += matrix_of(item.place, weight).numel()
             continue

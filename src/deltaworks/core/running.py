@@ -51,6 +51,10 @@ def run_weights(module: Any, run: Callable[..., Any], tuners: list[Any], args: t
 
     base: Callable[[Any], Tensor] = plain
     heavy = [tuner for tuner in tuners if acts_inside(module, tuner)]
+    if late := [tuner for tuner in heavy if tuner.gives("tensor") or not tuner.adds]:
+        # what replaces the weight that it finds must find it with the changes that come before
+        before = tuners[: tuners.index(late[-1])]
+        heavy = [tuner for tuner in tuners if tuner in heavy or (tuner in before and tuner.form() < 3)]
     if heavy:
 
         def weighted(x: Any) -> Tensor:

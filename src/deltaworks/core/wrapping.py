@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -16,43 +17,10 @@ from torch import Tensor, nn
 
 from deltaworks.core.attention import ConfigView
 from deltaworks.core.board import Board, Tap
-from deltaworks.core.forms import Tuner
-from deltaworks.core.layers import at_strength
 from deltaworks.core.quantized import is_quantized, product, steady
 from deltaworks.core.running import RUNNERS, run_rows
+from deltaworks.core.showing import acting, shown
 from deltaworks.core.trunks import widened
-from deltaworks.core.weights import base_tensors, effective
-
-
-class Selected:
-    """Tuners of one shape under several adapters, with the acting one chosen by a tensor: one graph for all."""
-
-    def __init__(self, tuners: list[Tuner], index: Tensor) -> None:
-        self.template = tuners[0]
-        members = [dict(tuner.named_parameters()) | dict(tuner.named_buffers()) for tuner in tuners]
-        self.values = {
-            name: torch.stack([member[name] for member in members]).index_select(0, index.to(value.device)).squeeze(0)
-            for name, value in members[0].items()
-        }
-
-    def __getattr__(self, name: str) -> Any:
-        if name in ("factors", "weight", "bias", "tensor", "around"):
-            return functools.partial(self._call, name)
-        return getattr(self.template, name)
-
-    def _call(self, form: str, *arguments: Any) -> Any:
-        return torch.func.functional_call(self.template, self.values, (form, *arguments))
-
-
-def acting(module: Any) -> list[Any]:
-    """The tuners of a wrapped module that act now."""
-    board: Board = module._board
-    if torch.compiler.is_compiling() and board.single and module._alike and len(module.deltas) == len(board.deltas) > 1:
-        columns = zip(*module.deltas.values(), strict=True)
-        return [Selected(list(column), board.index) for column in columns]
-    if not len(module.deltas):  # only watched: a graph through here need not know who acts
-        return []
-    return [at_strength(tuner) for name in board.active if name in module.deltas for tuner in module.deltas[name]]
 
 
 def forward_wrapped(module: Any, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -132,14 +100,10 @@ def _restored(cls: type[nn.Module], names: tuple[str, ...], attends: bool) -> nn
 
 def _run_reading(module: Any, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """The forward of a module that reads the parameters of others without calling them."""
-    held = [(other, tuners) for other in module._reads if (tuners := acting(other))]
-    for other, tuners in held:
-        other._effective = effective(tuners, base_tensors(other))
-    try:
+    with ExitStack() as stack:
+        for other in module._reads:
+            stack.enter_context(shown(other))
         return run(*args, **kwargs)
-    finally:
-        for other, _ in held:
-            other._effective = None
 
 
 def _no_fast_path(*_: Any) -> None:

@@ -80,6 +80,7 @@ def save(
         "name": delta.name,
         "methods": as_data(delta.config),
         "also": delta.also,
+        "tied": delta.tied,
         "seed": delta.seed,
         "training": training,
         "tensors": file,
@@ -155,13 +156,18 @@ def load(
     tensors = read_tensors(folder, manifest)
     config = from_data(manifest["methods"])
     chosen = name or str(manifest.get("name", "default"))
-    delta = attach(model, config, name=chosen, also=manifest["also"], seed=manifest["seed"])
+    delta = attach(model, config, name=chosen, **_start(manifest))
     try:
         _fill(delta, folder, manifest, tensors, any_base)
     except BaseException:
         delta.detach()
         raise
     return delta
+
+
+def _start(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What an adapter was attached with, beside its method. Files without "tied" are from before it was a choice."""
+    return {"also": manifest["also"], "seed": manifest["seed"], "tied": manifest.get("tied") is True}
 
 
 def resume(delta: Delta, folder: str | Path) -> None:
@@ -174,8 +180,8 @@ def resume(delta: Delta, folder: str | Path) -> None:
         raise UserError(f"{str(folder)!r} holds a finished adapter, not a checkpoint of its training: load it instead")
     if (saved := from_data(manifest["methods"])) != delta.config:
         raise UserError(f"{str(folder)!r} is a checkpoint of '{saved}', not of '{delta.config}'")
-    if manifest["also"] != delta.also or manifest["seed"] != delta.seed:
-        mend = f"attach with also={manifest['also']} and seed={manifest['seed']}"
+    if (start := _start(manifest)) != {"also": delta.also, "seed": delta.seed, "tied": delta.tied}:
+        mend = "attach with " + ", ".join(f"{key}={value!r}" for key, value in start.items())
         raise UserError(f"{str(folder)!r} is a checkpoint of another start: {mend}")
     _fill(delta, folder, manifest, read_tensors(folder, manifest), any_base=False)
 

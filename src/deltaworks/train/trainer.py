@@ -74,10 +74,10 @@ class DeltaTrainerMixin(Base):
         """The trainer has given the model a forward of its own, which reads the weight of the output layer itself."""
         model: Any = self.delta.model
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        mine = [item for item in self.delta.attached if model.get_submodule(item.place.path) is head]
-        if any(item.tuner.form() == 3 for item in mine):
+        mine = [pair for item in self.delta.attached for pair in item.all if model.get_submodule(pair[0].path) is head]
+        if any(tuner.form() == 3 for _, tuner in mine):
             raise UserError(
-                f"{type(self).__name__} multiplies by the weight of {mine[0].place.path!r} itself, which "
+                f"{type(self).__name__} multiplies by the weight of {mine[0][0].path!r} itself, which "
                 f"{self.delta.config} leaves as it is: leave it out of the targets"
             )
         if mine:

@@ -25,4 +25,4 @@ class Full(Config):
     targets: str = option("all", "which modules to train in full; cross_attention.[qkvo] is attention tuning")
 
     def tuner(self, site: Site) -> Tuner | None:
-        return Replacement(site) if site.place.part is None else None
+        return Replacement(site) if site.place.whole else None

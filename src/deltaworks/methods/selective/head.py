@@ -4,13 +4,19 @@ Paper: linear probes, Alain and Bengio, 2016, arXiv:1610.01644.
 
 Formula: W' = V for the output head, with V a float32 master that starts at W.
 Count: the parameters of the head.
-Departure: none.
+Departure: none. A head that is tied to an embedding moves alone, so that the features stay frozen.
 """
 
 from deltaworks.core.errors import UserError
 from deltaworks.core.forms import Replacement, Tuner
 from deltaworks.core.registry import Config, method, option
 from deltaworks.core.sites import Site
+
+
+class HeadTuner(Replacement):
+    """The head alone: an embedding that shares its weight keeps the features as they are."""
+
+    tied = False
 
 
 @method(
@@ -30,4 +36,4 @@ class Head(Config):
         return super().places(anatomy)
 
     def tuner(self, site: Site) -> Tuner | None:
-        return Replacement(site) if site.place.part is None else None
+        return HeadTuner(site) if site.place.whole else None

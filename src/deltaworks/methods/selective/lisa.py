@@ -103,7 +103,7 @@ class Lisa(Config):
     period: int = option(20, "K, the steps between two draws", least=1)
 
     def tuner(self, site: Site) -> Tuner | None:
-        return Replacement(site) if site.place.part is None else None
+        return Replacement(site) if site.place.whole else None
 
     def procedure(self, delta: Delta) -> Procedure:
         return LisaProcedure(delta, self)

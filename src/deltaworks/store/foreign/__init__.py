@@ -8,7 +8,7 @@ A format's module has those of four functions that it can do, and nothing else h
     Attaches what the checkpoint holds. Raises UserError, and leaves the model as it was, for what does not fit.
 ``write(delta, folder, rank=None) -> None``
     Writes the adapter. Exact where the format can express it; ``rank`` allows a truncation to factors of that rank.
-``translated(model, spec, seed) -> (Config, also, seed)``
+``translated(model, spec, seed) -> (Config, also, seed, tied)``
     A configuration of that library as ours; ``understands(spec) -> bool`` says whether it is one.
 
 The pieces that formats share: ``lowering.lowered`` (any adapter as factors A and B by path, with the error of what

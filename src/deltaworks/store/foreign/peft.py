@@ -38,8 +38,8 @@ def understands(spec: Any) -> bool:
     )
 
 
-def translated(model: nn.Module, spec: Any, seed: int) -> tuple[Config, list[str], int]:
-    """What to attach for a configuration of theirs: configuration, ``also``, seed. Raises UserError."""
+def translated(model: nn.Module, spec: Any, seed: int) -> tuple[Config, list[str], int, bool]:
+    """What to attach for a configuration of theirs: configuration, ``also``, seed, ``tied``. Raises UserError."""
     data = as_plain(spec)
     row = row_of(data)
     start = next((data[name] for name in STARTS if name in data), True)
@@ -50,7 +50,7 @@ def translated(model: nn.Module, spec: Any, seed: int) -> tuple[Config, list[str
     if data.get("target_modules") is None and not row.whole:
         data["target_modules"] = usual_targets(model, row)
     made = plan(data, model, fresh=True)
-    return made.config, made.also, seed if made.seed is None else made.seed
+    return made.config, made.also, seed if made.seed is None else made.seed, bool(data.get("ensure_weight_tying"))
 
 
 def read(model: nn.Module, folder: Path, name: str) -> Delta:
@@ -69,7 +69,8 @@ def read(model: nn.Module, folder: Path, name: str) -> Delta:
 def attached(model: nn.Module, data: Mapping[str, Any], tensors: dict[str, Any], path: Path, name: str) -> Delta:
     """Attach what a configuration and the tensors of a file say. Raises UserError as ``read`` does."""
     made = plan(data, model, _resized(model, row_of(data).prefix, tensors))
-    delta = attach(model, made.config, name=name, also=made.also, seed=made.seed or 0)
+    tied = bool(data.get("ensure_weight_tying"))
+    delta = attach(model, made.config, name=name, also=made.also, seed=made.seed or 0, tied=tied)
     try:
         _fill(delta, path, made, tensors)
     except BaseException:
