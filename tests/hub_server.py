@@ -99,6 +99,8 @@ class _Handler(BaseHTTPRequestHandler):
         if is_listing:
             return self._answer({"id": repo_id, "sha": oid, "siblings": [{"rfilename": path} for path in files]})
         path = "/".join(parts[4:])
+        if path not in files:
+            return self._answer({"error": "no"}, 404, X_Error_Code="EntryNotFound", X_Repo_Commit=oid)
         if self.command == "GET":
             self.hub.fetched.append(path)
         etag = f'"{hashlib.sha1(files[path]).hexdigest()}"'

@@ -81,6 +81,29 @@ def test_the_card_that_is_pushed(hub: Hub) -> None:
     assert f"{sum(parameter.numel() for parameter in delta.parameters()):,} values" in text
 
 
+def test_what_is_pushed_in_the_format_of_peft_is_what_peft_reads(hub: Hub) -> None:
+    from peft import PeftModel
+
+    model, delta = trained()
+    delta.push_to_hub("ada/peft", format="peft")
+    names = hub.repositories["ada/peft"].keys() - {".gitattributes"}
+    assert names == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    assert ModelCard(hub.repositories["ada/peft"]["README.md"].decode()).data.library_name == "peft"
+
+    x, ours = torch.randn(2, 5, 32), Toy(32)
+    theirs = PeftModel.from_pretrained(Toy(32), str(store_hub.fetch("ada/peft")))
+    dw.load(ours, "ada/peft")
+    torch.testing.assert_close(theirs(x), model(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_repository_without_an_adapter(hub: Hub) -> None:
+    hub.repositories["ada/model"] = {"model.safetensors": b"0" * 1000, "adapter_model.bin": b"\x80"}
+    with pytest.raises(dw.UserError, match="'ada/model' holds no adapter"):
+        dw.load(Toy(32), "ada/model")
+    assert hub.fetched == []
+
+
 def test_without_a_network_the_cache_answers(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     model, delta = trained()
     delta.push_to_hub("ada/support")

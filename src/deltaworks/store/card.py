@@ -29,18 +29,19 @@ def card(
     datasets: Sequence[str] = (),
     pipeline: str | None = None,
     scores: Sequence[EvalResult] = (),
+    library: str = "deltaworks",
 ) -> str:
     """A model card in Markdown.
 
     ``facts`` are the rows of its table, ``loading`` is Python that ends with the adapter attached. ``base_id`` and
     ``datasets`` are ids on the Hub, by which it lists the adapter beside them; ``pipeline`` is a task of the Hub, as
-    "text-classification"; ``scores`` are its measured results.
+    "text-classification"; ``scores`` are its measured results; ``library`` can load its files.
     """
     from huggingface_hub import ModelCardData
 
     title = TITLE.format(method=config, base=base)
     front = ModelCardData(
-        library_name="deltaworks",
+        library_name=library,
         base_model=base_id,
         base_model_relation="adapter" if base_id else None,
         datasets=list(datasets) or None,
@@ -60,8 +61,11 @@ def card(
     )
 
 
-def card_of_delta(delta: Delta, place: str) -> str:
-    """The card of an adapter in memory, to be loaded from ``place``, a folder or an id on the Hub."""
+def card_of_delta(delta: Delta, place: str, library: str = "deltaworks") -> str:
+    """The card of an adapter in memory, to be loaded from ``place``, a folder or an id on the Hub.
+
+    ``library`` is the one in whose format it was saved.
+    """
     from deltaworks.core.report import report
 
     counts = report(delta)
@@ -75,10 +79,11 @@ def card_of_delta(delta: Delta, place: str) -> str:
         "base": f"{base_id or kind}, {counts.total:,} parameters",
         "trained": f"{counts.trainable:,} values" + (f", {', '.join(delta.also)} in full" if delta.also else ""),
         "stored": f"{counts.stored_bytes:,} bytes",
+        "format": f"that of {library}",
         "versions": listed(versions()),
     }
     loading = f'import deltaworks as dw\n{imports}\nmodel = {build}\ndelta = dw.load(model, "{place}")\n'
-    return card(delta.config, base_id or kind, facts, loading, base_id=base_id)
+    return card(delta.config, base_id or kind, facts, loading, base_id=base_id, library=library)
 
 
 def listed(versions: Mapping[str, str]) -> str:

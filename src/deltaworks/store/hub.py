@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from deltaworks.core.errors import UserError
@@ -68,9 +68,20 @@ def fetch(repo_id: str, revision: str | None = None) -> Path:
 
     reachable = hub_is_reachable()
     with _explained("fetched", repo_id, reachable=reachable):
-        return Path(
+        folder = Path(
             snapshot_download(repo_id, revision=revision, allow_patterns=list(FETCHED), local_files_only=not reachable)
         )
+    if not holds_adapter(folder):
+        raise UserError(f"the repository {repo_id!r} holds no adapter in safetensors: check the id")
+    return folder
+
+
+def holds_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter of a format that is read here."""
+    from deltaworks.store import foreign
+    from deltaworks.store.checkpoint import MANIFEST
+
+    return (folder / MANIFEST).is_file() or foreign.recognised(folder) is not None
 
 
 def push(
@@ -90,7 +101,7 @@ def push(
     from huggingface_hub import HfApi
 
     folder = Path(folder)
-    if not any(folder.glob("adapter*.json")):
+    if not holds_adapter(folder):
         raise UserError(
             f"{str(folder)!r} holds no adapter to push: give a folder written by save or by deltaworks tune"
         )
@@ -113,14 +124,16 @@ def push(
     return str(made)
 
 
-def push_delta(delta: Delta, repo_id: str, **options: str | bool | None) -> str:
-    """Save an adapter with a model card and push it, as ``push`` does."""
+def push_delta(
+    delta: Delta, repo_id: str, *, format: str = "deltaworks", rank: int | None = None, **options: Any
+) -> str:
+    """Save an adapter, in a format and with a rank as ``Delta.save`` does, write its card, and push both."""
     from deltaworks.store.card import card_of_delta
 
     with tempfile.TemporaryDirectory(prefix="deltaworks-") as folder:
-        delta.save(folder)
-        write_atomically(Path(folder) / CARD, card_of_delta(delta, repo_id))
-        return push(folder, repo_id, **options)  # type: ignore[arg-type]
+        delta.save(folder, format=format, rank=rank)
+        write_atomically(Path(folder) / CARD, card_of_delta(delta, repo_id, format))
+        return push(folder, repo_id, **options)
 
 
 @contextmanager
