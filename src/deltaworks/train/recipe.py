@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from deltaworks.core.errors import UserError, nearest
 from deltaworks.core.registry import Config, configure
+from deltaworks.train.quantizing import Form, Quantization
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Whole = Annotated[int, Field(ge=1)]
@@ -63,6 +64,10 @@ class Recipe(BaseModel):
     seed: int = Field(0, ge=0, description="decides the head, the adapter, the order of the data and dropout")
 
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of the base weights")
+    quantize: Form | None = Field(
+        None, description="nf4, fp4 or int8 (bitsandbytes), int8wo or int4wo (torchao): of linear layers in the blocks"
+    )
+    double_quantization: bool = Field(True, description="quantize the scales of nf4 and fp4 too")
     bfloat16: bool = Field(False, description="compute in bfloat16 by autocast")
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:1")
@@ -122,6 +127,11 @@ class Recipe(BaseModel):
         if self.chosen_rate is not None and self.searched_on is None:
             raise ValueError("chosen_rate comes from the run of another seed: add searched_on, or give rates")
         return self
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """How the base is quantized."""
+        return None if self.quantize is None else Quantization(self.quantize, self.double_quantization)
 
     def config(self) -> Config:
         """The configuration of the method. Raises UserError for an unknown method or option."""

@@ -62,7 +62,9 @@ def targets_of(config: Config) -> str:
 
 def dtypes_of(recipe: Recipe) -> dict[str, str]:
     compute = "bfloat16" if recipe.bfloat16 else recipe.dtype
-    return {"base": recipe.dtype, "trained": "float32", "compute": compute}
+    single = recipe.quantize in ("nf4", "fp4") and not recipe.double_quantization
+    base = f"{recipe.quantize}{' (single quantization)' * single}" if recipe.quantize else recipe.dtype
+    return {"base": base, "trained": "float32", "compute": compute}
 
 
 def facts_of(recipe: Recipe, config: Config, data: Data, loaded: Loaded, steps: int) -> dict[str, Any]:

@@ -120,8 +120,9 @@ def prepare(recipe: Recipe, data: Data | None = None, team: Team | None = None) 
         raise UserError("search=halving needs optuna: pip install 'deltaworks[search]'")
     shape = data.train[0]["image"].shape if data.train and "image" in data.train[0] else None
     loaded = load_model(
-        recipe.model, data.task, labels=data.labels, dtype=recipe.dtype, seed=recipe.seed, image_shape=shape
-    )
+        recipe.model, data.task, labels=data.labels, dtype=recipe.dtype, seed=recipe.seed, image_shape=shape,
+        quantization=recipe.quantization, device=device,
+    )  # fmt: skip
     loaded.model.to(device)
     if recipe.gradient_checkpointing:
         checkpointed(loaded.model)

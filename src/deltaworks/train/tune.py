@@ -90,6 +90,7 @@ def base_of(adapter: Path, source: str | None) -> tuple[Recipe, Record, Loaded]:
         dtype=recipe.dtype,
         seed=recipe.seed,
         image_shape=shape,
+        quantization=recipe.quantization,
     )
     return recipe, record, loaded
 

@@ -122,6 +122,7 @@ class LightProcedure(Procedure):
     limits={
         "rows": "it cuts the base to its own size, so that no other row can share it",
         "compile": "it cuts the base to its own size, so that switching compiles again",
+        "quantized": "a quantized weight cannot be cut: leave heads and neurons whole with heads=0 and neurons=0",
     },
     small={"estimate": 6},
 )

@@ -49,17 +49,15 @@ class GatedTuner(EntriesTuner):
         self.changes, self.logits, self.groups = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
         self.first: list[str] = []  # what is stored here; the other owner of a tied parameter stores nothing
         self.salts: dict[str, int] = {}
-        for name, parameter in site.module.named_parameters(recurse=False):
-            if name not in self.own:
-                continue
-            key = id(parameter)
+        base = site.tensors
+        for name, (key, _) in self.own.items():
             if site.shared(("owner", key), lambda: self) is self:
                 self.first.append(name)
             self.salts[name] = (
                 site.shared(("salt", key), partial(stable_hash, f"{site.seed}/{site.place.path}/{name}")) >> 24
             )
-            self.changes[name] = site.shared(("change", key), partial(site.zeros, *parameter.shape))
-            self.logits[name] = site.shared(("logits", key), partial(opened, parameter.shape, site.device))
+            self.changes[name] = site.shared(("change", key), partial(site.zeros, *base[name].shape))
+            self.logits[name] = site.shared(("logits", key), partial(opened, base[name].shape, site.device))
             if config.structured:
                 self.groups[name] = site.shared(("group", key), partial(opened, (), site.device))
         self.rates = {f"{kind}.{name}": config.mask_rate for kind in ("logits", "groups") for name in self.logits}

@@ -14,7 +14,9 @@ from deltaworks.core.delta import Delta
 from deltaworks.core.errors import UserError
 from deltaworks.core.forms import Tuner
 from deltaworks.core.procedure import Procedure
+from deltaworks.core.quantized import entries
 from deltaworks.core.sites import Site
+from deltaworks.core.weights import base_tensors
 
 
 class Entries(nn.Module):
@@ -41,7 +43,7 @@ class EntriesTuner(Tuner):
         super().__init__()
         self.chosen = nn.ModuleDict()
         base = site.module.named_parameters(recurse=False)
-        self.own = {name: (id(tensor), tensor.numel()) for name, tensor in base if tensor.is_floating_point()}
+        self.own = {name: (id(tensor), entries(tensor)) for name, tensor in base}
         self.entries: dict[int, Entries] = site.shared("entries", dict)
         self.device = site.device
 
@@ -109,12 +111,17 @@ class Choosing(Procedure):
         return found
 
     def parameters(self) -> dict[int, nn.Parameter]:
-        """The backbone's parameters by the key of their entries, tied ones once."""
+        """The backbone's parameters by the key of their entries, tied ones once; of quantized ones the codes."""
         model = self.delta.model
         return {
             key: cast(nn.Parameter, model.get_submodule(item.place.path)._parameters[name])
             for key, (item, name) in self.owners().items()
         }
+
+    def values(self, key: int) -> Tensor:
+        """What one of ``parameters()`` stands for, as a plain tensor."""
+        item, name = self.owners()[key]
+        return cast(Tensor, base_tensors(self.delta.model.get_submodule(item.place.path))[name]).detach()
 
     @property
     def chosen(self) -> bool:
@@ -123,7 +130,7 @@ class Choosing(Procedure):
     @property
     def count(self) -> int:
         """The number k of entries to keep."""
-        return int(self.config.keep * sum(parameter.numel() for parameter in self.parameters().values()))
+        return int(self.config.keep * sum(map(entries, self.parameters().values())))
 
     def choose(self, scores: list[Tensor]) -> None:
         """Train the ``count`` entries with the largest scores; one tensor of scores for each of ``parameters()``."""
@@ -137,7 +144,7 @@ class Choosing(Procedure):
         shared = self.tuners()[0].entries
         for (key, parameter), index in zip(self.parameters().items(), chosen, strict=True):
             if len(index):
-                shared[key] = Entries(narrowed(index, parameter.numel()), torch.zeros(len(index), device=index.device))
+                shared[key] = Entries(narrowed(index, entries(parameter)), torch.zeros(len(index), device=index.device))
         for tuner in self.tuners():
             tuner.choose()
         self.delta.reshaped()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from deltaworks.core.delta import Delta
 from deltaworks.core.errors import UserError
+from deltaworks.core.quantized import entries
 from deltaworks.core.sites import Site
 from deltaworks.methods.selective.entries import Choosing, EntriesTuner, largest, narrowed
 
@@ -80,7 +81,7 @@ class Growing(Choosing):
 
     def __init__(self, delta: Delta, config: Any) -> None:
         super().__init__(delta, config)
-        self.sizes = [parameter.numel() for parameter in self.parameters().values()]
+        self.sizes = [entries(parameter) for parameter in self.parameters().values()]
         first = self.tuners()[0]
         self.pool: Pool = first.pool
         self.pool.values = first.pooled = nn.Parameter(torch.zeros(self.count, device=first.device))
@@ -110,15 +111,15 @@ class Growing(Choosing):
         if wanted > 0 and not self.pool.gradients:
             raise UserError(f"{self.config.name} saw no gradient of a weight: train it without torch.compile")
         found: list[tuple[Tensor, Tensor, Tensor]] = []  # scores, positions and gradients of each tensor's best
-        for key, parameter in self.parameters().items():
+        for key, size in zip(self.parameters(), self.sizes, strict=True):
             gradient = self.pool.gradients.get(key)
             if gradient is not None and wanted > 0:
-                scores = self.scores(parameter, gradient)
+                scores = self.scores(self.values(key), gradient)
                 scores[self.tuners()[0].entries[key].index] = -1.0
                 best = largest(scores, min(wanted, len(scores)))
                 best = best[scores[best] >= 0]
                 found.append((scores[best], best + start, gradient.flatten()[best].float()))
-            start += parameter.numel()
+            start += size
         if found:
             scores, positions, gradients = (torch.cat(column) for column in zip(*found, strict=True))
             best = largest(scores, min(wanted, len(scores)))

@@ -47,11 +47,12 @@ class SaRATuner(EntriesTuner):
 
     def __init__(self, site: Site, config: "SaRA") -> None:
         super().__init__(site)
-        for name, parameter in site.module.named_parameters(recurse=False):
-            if name in self.own and id(parameter) not in self.entries:
-                entries = SmallEntries(parameter, config.threshold)
+        base = site.tensors
+        for name, (key, _) in self.own.items():
+            if key not in self.entries:
+                entries = SmallEntries(base[name], config.threshold)
                 if len(entries.index):
-                    self.entries[id(parameter)] = entries
+                    self.entries[key] = entries
         self.choose()
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
@@ -72,11 +73,13 @@ class SaRAProcedure(Choosing):
 
     def __init__(self, delta: Delta, config: "SaRA") -> None:
         super().__init__(delta, config)
-        self.pairs: dict[str, tuple[Tensor, Any]] = {}
-        for (item, name), (key, parameter) in zip(self.owners().values(), self.parameters().items(), strict=True):
+        self.pairs: dict[str, tuple[int, Any]] = {}  # the key of a parameter and its entries
+        sides: dict[str, int] = {}
+        for key, (item, name) in self.owners().items():
             if key in self.tuners()[0].entries:
-                self.pairs[f"{item.key}.{name}"] = (parameter, self.tuners()[0].entries[key])
-        sides = {name: min(parameter.shape) for name, (parameter, _) in self.pairs.items() if parameter.dim() == 2}
+                self.pairs[f"{item.key}.{name}"] = (key, self.tuners()[0].entries[key])
+                shape = self.values(key).shape
+                sides[f"{item.key}.{name}"] = min(shape) if len(shape) == 2 else 0
         self.eligible = [name for name, side in sides.items() if side > config.above]
         self.live: dict[str, Tensor] = {}  # which entries are in M', by the names of ``pairs``
         self.held: dict[str, Tensor] = {}  # the values of all of them when the mask narrowed
@@ -89,14 +92,15 @@ class SaRAProcedure(Choosing):
             return super().loss(loss)
         draw = torch.Generator().manual_seed(stable_hash(f"{self.delta.seed}/{self.step}"))
         name = self.eligible[int(torch.randint(len(self.eligible), (), generator=draw))]
-        return super().loss(loss) + self.config.nuclear * nuclear_norm(*self.pairs[name]).to(loss.device)
+        key, entries = self.pairs[name]
+        return super().loss(loss) + self.config.nuclear * nuclear_norm(self.values(key), entries).to(loss.device)
 
     @torch.no_grad()
     def stepped(self) -> None:
         self.step += 1
         if self.step == self.turn:
-            for name, (parameter, entries) in self.pairs.items():
-                self.live[name] = entries.current(parameter).abs() < self.config.threshold
+            for name, (key, entries) in self.pairs.items():
+                self.live[name] = entries.current(self.values(key)).abs() < self.config.threshold
                 self.held[name] = entries.values.detach().clone()
                 self.restart([entries.values])
         for name, live in self.live.items():

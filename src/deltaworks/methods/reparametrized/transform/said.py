@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from deltaworks.core.anatomy import backbone
 from deltaworks.core.errors import UserError
 from deltaworks.core.forms import Tuner
+from deltaworks.core.quantized import entries
 from deltaworks.core.registry import Config, method, option
 from deltaworks.core.sites import Site
 
@@ -85,14 +86,13 @@ class SAIDTuner(Tuner):
         self.v = site.shared("v", lambda: site.zeros(config.inner(site)))
         self.scales, self.transforms = nn.ParameterDict(), nn.ModuleDict()
         for name, parameter in site.module.named_parameters(recurse=False):
-            if parameter.is_floating_point():
 
-                def fastfood(size: int = parameter.numel()) -> Fastfood:
-                    return Fastfood(len(self.v), size, site.generator, site.device)
+            def fastfood(size: int = entries(parameter)) -> Fastfood:
+                return Fastfood(len(self.v), size, site.generator, site.device)
 
-                self.transforms[name] = site.shared(("transform", id(parameter)), fastfood)
-                if config.scales:
-                    self.scales[name] = site.shared(("scale", id(parameter)), site.ones)
+            self.transforms[name] = site.shared(("transform", id(parameter)), fastfood)
+            if config.scales:
+                self.scales[name] = site.shared(("scale", id(parameter)), site.ones)
 
     def tensor(self, name: str, base: Tensor) -> Tensor:
         if name not in self.transforms:
@@ -123,7 +123,7 @@ class SAID(Config):
     def inner(self, site: Site) -> int:
         """d': what is left of d for v. Raises UserError where the scales take it all."""
         modules = [site.model.get_submodule(place.path) for place in self.places(site.anatomy)]
-        tensors = {id(p) for module in modules for p in module.parameters(recurse=False) if p.is_floating_point()}
+        tensors = {id(parameter) for module in modules for parameter in module.parameters(recurse=False)}
         inner = self.dimension - self.scales * len(tensors)
         if inner < 1:
             raise UserError(
