@@ -19,7 +19,7 @@ from deltaworks import cli
 from deltaworks.store.records import read_record
 
 Call = Callable[..., tuple[int, str, str]]
-COMMANDS = ("methods", "anatomy", "tune", "compare", "advise", "info", "merge", "push")
+COMMANDS = ("methods", "anatomy", "tune", "compare", "advise", "info", "merge", "export", "push")
 
 
 @pytest.fixture

@@ -209,6 +209,29 @@ def merge(
     run(adapter, out, model)
 
 
+@command("deltaworks export runs/lora --format peft --out exported")
+def export(
+    adapter: Annotated[
+        str, typer.Argument(help="a folder that holds an adapter, ours or peft's, or its id on the Hub")
+    ],
+    out: Annotated[Path, typer.Option(help="folder for what is written")],
+    format: Annotated[
+        str, typer.Option(help="peft, diffusers, vllm, kohya, merged (the whole model), or deltaworks")
+    ] = "peft",
+    model: Annotated[str | None, typer.Option(help="the base; default: what the adapter says")] = None,
+    task: Annotated[str | None, typer.Option(help="load the base for this task; default: the first that fits")] = None,
+    labels: Annotated[int, typer.Option(help="number of classes, where the adapter has no record")] = 2,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="cut the change to a LoRA of this rank, and say its error")
+    ] = None,
+) -> None:
+    """Write an adapter for another library, or merge it; say what that loses, refuse what it cannot express."""
+    from deltaworks.store.hub import located
+    from deltaworks.train.export import export as run
+
+    run(located(adapter), format, out, source=model, task=task, labels=labels, rank=rank)
+
+
 @command("deltaworks push runs/lora user/name")
 def push(
     adapter: Annotated[Path, typer.Argument(help="a folder written by deltaworks tune, or by save")],

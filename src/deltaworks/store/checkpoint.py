@@ -63,7 +63,7 @@ def save(
     if format != "deltaworks":
         if training:
             raise UserError(f"the state of a training is kept in our own format alone: save it without {format=}")
-        foreign.module_of(format, "write").write(delta, folder, rank)
+        foreign.writer(format).write(delta, folder, rank)
         return folder
     if rank is not None:
         raise UserError("rank cuts an adapter for another format: give format='peft' with it")

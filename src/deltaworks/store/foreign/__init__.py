@@ -30,7 +30,7 @@ from typing import Any
 
 from deltaworks.core.errors import UserError, nearest
 
-FORMATS = ("peft", "diffusers")
+FORMATS = ("peft", "diffusers", "vllm", "kohya")
 """The modules of this folder that are formats."""
 
 
@@ -43,11 +43,15 @@ def lost(what: str) -> None:
     warnings.warn(what, ConversionWarning, stacklevel=3)
 
 
-def module_of(name: str, function: str) -> Any:
-    """The module of a format that has ``function``. Raises UserError where there is none."""
-    able = [name for name in FORMATS if hasattr(_module(name), function)]
-    if name not in able:
-        raise UserError(f"{name!r} is not a format to {function}: {nearest(name, [*able, 'deltaworks'])}")
+def writers() -> list[str]:
+    """The formats that can be written."""
+    return [name for name in FORMATS if hasattr(_module(name), "write")]
+
+
+def writer(name: str) -> Any:
+    """The module of a format that can be written. Raises UserError where there is none."""
+    if name not in writers():
+        raise UserError(f"{name!r} is not a format to write: {nearest(name, [*writers(), 'deltaworks'])}")
     return _module(name)
 
 

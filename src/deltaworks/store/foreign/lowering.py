@@ -5,7 +5,7 @@ The best approximation of rank r is the truncated SVD (Eckart and Young, 1936, d
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,6 +41,10 @@ class Lowered:
     @property
     def rank(self) -> int:
         return len(self.A)
+
+    def folded(self) -> Lowered:
+        """The same change with a scale of one: B takes it."""
+        return replace(self, B=self.B * self.scale, scale=1.0)
 
 
 @dataclass
@@ -102,10 +106,9 @@ def effective_of(delta: Delta, items: list[Attached]) -> dict[str, Any]:
 
 
 def padded(lowered: Lowered, rank: int) -> Lowered:
-    """The same change with ``rank`` rows and columns, the new ones zero."""
+    """The same change with ``rank`` rows and columns, the new ones zero; the scale stays."""
     more = rank - lowered.rank
-    A, B = F.pad(lowered.A, (0, 0, 0, more)), F.pad(lowered.B, (0, more))
-    return Lowered(lowered.place, lowered.module, A, B, lowered.scale, lowered.error)
+    return replace(lowered, A=F.pad(lowered.A, (0, 0, 0, more)), B=F.pad(lowered.B, (0, more)))
 
 
 def _check(delta: Delta, items: list[Attached]) -> None:

@@ -88,7 +88,8 @@ def plan(data: Mapping[str, Any], model: nn.Module, kept: Collection[str] = (), 
         members += _members(row, data, model, found, chosen)
     members += _biases(data, model, found, [path for path in paths if path not in also], chosen)
     seed = int(data.get(*row.seed)) if row.seed else None
-    return Plan(row, members[0] if len(members) == 1 else Composition(members=members), also, seed)
+    exact = [targets.exactly(found, path) for path in also]
+    return Plan(row, members[0] if len(members) == 1 else Composition(members=members), exact, seed)
 
 
 def anatomy_of(model: nn.Module) -> Anatomy:

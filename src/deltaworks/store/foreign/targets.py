@@ -15,6 +15,7 @@ from torch import nn
 from deltaworks.core.anatomy import Anatomy
 from deltaworks.core.errors import UserError, nearest
 from deltaworks.core.places import LINEAR, kind_of
+from deltaworks.core.weights import WEIGHT_KINDS
 
 HEADS = {
     "SEQ_CLS": ("classifier", "score"),
@@ -111,17 +112,21 @@ def ends(chosen: Sequence[str], paths: Sequence[str]) -> list[str] | str:
 def expression(anatomy: Anatomy, paths: Sequence[str], kinds: Collection[str]) -> str:
     """Our ``targets`` for exactly these modules: ends of names where they suffice, else paths."""
     leaves = ",".join(sorted({path.rpartition(".")[2] for path in paths}))
-    try:
-        if [place.path for place in anatomy.select(leaves, kinds) if place.part is None] == list(paths):
-            return leaves
-    except UserError:  # an end that is a role of another kind
-        pass
-    return ",".join(exactly(path) for path in paths)
+    if _selected(anatomy, leaves, kinds) == list(paths):
+        return leaves
+    return ",".join(exactly(anatomy, path) for path in paths)
 
 
-def exactly(path: str) -> str:
+def exactly(anatomy: Anatomy, path: str) -> str:
     """A target that is this path alone, whatever roles are called."""
-    return path if "." in path else f"re:{re.escape(path)}"
+    return path if _selected(anatomy, path, WEIGHT_KINDS) == [path] else f"re:{re.escape(path)}"
+
+
+def _selected(anatomy: Anatomy, targets: str, kinds: Collection[str]) -> list[str]:
+    try:
+        return list(dict.fromkeys(place.path for place in anatomy.select(targets, kinds)))
+    except UserError:  # a name that is a role of another kind
+        return []
 
 
 def _layer(path: str, pattern: str | Sequence[str] | None) -> int | None:

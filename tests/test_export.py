@@ -1,0 +1,305 @@
+"""What other libraries get of an adapter: any method as LoRA, the limits of vLLM and kohya, refusals with a reason."""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_cli import Call, call  # noqa: F401
+from test_peft import agree, logits, lora, quiet, trained
+from torch import nn
+from zoo import ZOO
+
+import deltaworks as dw
+from deltaworks.store.foreign import ConversionWarning
+from deltaworks.store.foreign.lowering import lowered
+
+peft = pytest.importorskip("peft")
+
+
+@torch.no_grad()
+def adapted(family: str, method: Any, **options: Any) -> tuple[nn.Module, nn.Module, dict[str, Any], dw.Delta]:
+    """A fresh model, the same with an adapter of random values, inputs, and the handle."""
+    model, inputs = ZOO[family]()
+    ours = copy.deepcopy(model)
+    delta = dw.attach(ours, method, **options)
+    generator = torch.Generator().manual_seed(5)
+    for parameter in delta.parameters():
+        parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
+    return model, ours, inputs, delta
+
+
+# ---- configurations -------------------------------------------------------------------------------------
+
+
+def test_a_configuration_of_peft_is_attached() -> None:
+    model, _ = ZOO["llama"]()
+    config = peft.LoraConfig(
+        r=4, lora_alpha=12, lora_dropout=0.1, target_modules=["q_proj"], modules_to_save=["lm_head"]
+    )
+    delta = dw.attach(model, config, name="theirs", seed=3)
+    assert str(delta.config) == "lora[targets=q_proj, rank=4, alpha=12.0, dropout=0.1]"
+    assert (delta.name, delta.also, delta.seed) == ("theirs", ["lm_head"], 3)
+
+
+def test_the_content_of_a_file_is_attached_with_pefts_defaults() -> None:
+    model, _ = ZOO["llama"]()
+    delta = dw.attach(model, {"peft_type": "LORA", "target_modules": "all-linear", "layers_to_transform": None})
+    assert delta.config.rank == 8  # type: ignore[attr-defined]
+    assert delta.config.alpha == 8
+    assert len(delta.attached) == 14
+
+
+def test_a_familys_usual_modules_are_taken_where_none_are_named() -> None:
+    model, _ = ZOO["llama"]()
+    delta = dw.attach(model, peft.LoraConfig())
+    assert {item.place.role for item in delta.attached} == {"attention.q", "attention.v"}
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"peft_type": "P_TUNING"}, "P_TUNING is no method here"),
+        ({"peft_type": "ADAPTION_PROMPT"}, "ADAPTION_PROMPT is no method here"),
+        ({"peft_type": "LORA", "target_modules": ["q_prj"]}, "did you mean 'q_proj'"),
+        ({"peft_type": "LORA", "target_modules": ["q_proj"], "use_qalora": True}, "use_qalora=True has no counterpart"),
+        (
+            {"peft_type": "LORA", "target_modules": ["q_proj"], "init_lora_weights": "olora"},
+            "start 'olora' is not held",
+        ),
+        ({"peft_type": "LORA", "target_modules": ["q_proj"], "init_lora_weights": "eva"}, "start 'eva' is not held"),
+        ({"peft_type": "LORA", "target_modules": ["q_proj"], "modules_to_save": ["lm_hed"]}, "did you mean 'lm_head'"),
+        ({"peft_type": "LOHA", "target_modules": ["norm"]}, "LOHA at 'model.norm'"),
+        ({"rank": 4}, "a method is a name"),
+    ],
+)
+def test_what_is_not_held_is_an_error(config: dict[str, Any], said: str) -> None:
+    model, _ = ZOO["llama"]()
+    with pytest.raises(dw.UserError, match=said):
+        dw.attach(model, config)
+    assert not [path for path, _ in model.named_modules() if path.endswith("deltas")]
+
+
+def test_what_acts_in_training_alone_is_said() -> None:
+    model, _ = ZOO["llama"]()
+    with pytest.warns(ConversionWarning, match="module_dropout=0.1 acts in training alone"):
+        dw.attach(model, peft.LoHaConfig(target_modules=["q_proj"], module_dropout=0.1))
+
+
+# ---- strictness -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    with quiet():
+        trained(ZOO["llama"]()[0], lora()()).save_pretrained(tmp_path / "theirs")
+    return tmp_path / "theirs"
+
+
+def test_missing_extra_and_misshapen_tensors_are_listed(checkpoint: Path) -> None:
+    tensors = load_file(checkpoint / "adapter_model.safetensors")
+    first, second, *_ = sorted(tensors)
+    tensors["base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"] = torch.ones(4, 32)
+    del tensors[first]
+    tensors[second] = tensors[second][:, :3].contiguous()
+    save_file(tensors, checkpoint / "adapter_model.safetensors")
+    model, _ = ZOO["llama"]()
+    with pytest.raises(dw.UserError) as caught:
+        dw.load(model, checkpoint)
+    for words in (
+        f"missing: {first}",
+        "without a place: base_model.model.model.layers.0.mlp.up_proj",
+        f"shape: {second}",
+    ):
+        assert words in str(caught.value)
+    assert not [path for path, _ in model.named_modules() if path.endswith("deltas")]
+
+
+def test_values_that_are_not_finite_are_refused(checkpoint: Path) -> None:
+    tensors = load_file(checkpoint / "adapter_model.safetensors")
+    next(iter(tensors.values()))[0, 0] = float("nan")
+    save_file(tensors, checkpoint / "adapter_model.safetensors")
+    with pytest.raises(dw.UserError, match="not finite"):
+        dw.load(ZOO["llama"]()[0], checkpoint)
+
+
+def test_a_pickle_is_not_read(checkpoint: Path) -> None:
+    (checkpoint / "adapter_model.safetensors").rename(checkpoint / "adapter_model.bin")
+    with pytest.raises(dw.UserError, match="pickle"):
+        dw.load(ZOO["llama"]()[0], checkpoint)
+
+
+def test_an_embedding_of_another_base_is_refused(tmp_path: Path) -> None:
+    config = lora(target_modules=["embed_tokens"], task_type="CAUSAL_LM")()
+    with quiet():
+        trained(ZOO["llama"]()[0], config).save_pretrained(tmp_path)
+    model, _ = ZOO["llama"]()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[3] += 1
+    with pytest.raises(dw.UserError, match="trained on another base"):
+        dw.load(model, tmp_path)
+
+
+# ---- any method as LoRA ---------------------------------------------------------------------------------
+
+EXACT = {
+    "pissa": ("llama", "lora[pissa=true, rank=3, alpha=6]"),
+    "parts": ("gpt2", "lora[targets='attention.q,attention.v', rank=3]"),
+    "lora-fa": ("llama", "lora-fa[rank=3]"),
+    "lora-xs": ("llama", "lora-xs[rank=3]"),
+    "loha-conv1d": ("gpt2", "loha[rank=2, targets=attention.qkv]"),
+    "two": ("llama", "lora[rank=2, targets=attention.q]+lora-fa[rank=3, targets='attention.q,mlp.up']"),
+    "biases": ("bert", "lora[rank=2, pissa=true]+bitfit[targets='attention.q,norm']"),
+}
+
+
+@pytest.mark.parametrize("case", EXACT)
+def test_what_is_low_rank_is_written_exactly(case: str, tmp_path: Path) -> None:
+    family, method = EXACT[case]
+    model, ours, inputs, delta = adapted(family, method)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ConversionWarning)
+        delta.save(tmp_path, format="peft")
+    with quiet():
+        theirs = peft.PeftModel.from_pretrained(model, tmp_path).eval()
+    agree(logits(family, ours, inputs), logits(family, theirs, inputs))
+
+
+def test_a_truncation_says_its_error(tmp_path: Path) -> None:
+    """OFT turns the inputs: the change has full rank, and what a rank leaves out is the tail of its singular values."""
+    model, _, _, delta = adapted("llama", "oft[targets=attention.q, block=8]")
+    change = delta.change(delta.attached[0])
+    values = torch.linalg.svdvals(change)  # type: ignore[arg-type]
+    expected = float(values[4:].norm() / values.norm())
+    found = lowered(delta, 4)
+    assert found.weights[delta.attached[0].place.path].error == pytest.approx(expected, rel=1e-6)
+    assert 0.05 < expected < 1
+    with pytest.warns(ConversionWarning, match=f"rank 4 holds all but {found.error:.3g} of the change"):
+        delta.save(tmp_path, format="peft", rank=4)
+    with quiet():
+        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path)
+    layer = theirs.base_model.model.model.layers[0].self_attn.q_proj
+    kept = layer.get_delta_weight("default").double()
+    assert float((kept - change).norm() / change.norm()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_whole_rank_leaves_nothing_out(tmp_path: Path) -> None:
+    model, ours, inputs, delta = adapted("llama", "ia3")
+    with pytest.warns(ConversionWarning, match="rank 64 holds all but 0 of the change"):
+        delta.save(tmp_path, format="peft", rank=64)
+    with quiet():
+        theirs = peft.PeftModel.from_pretrained(model, tmp_path).eval()
+    agree(logits("llama", ours, inputs), logits("llama", theirs, inputs))
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "said"),
+    [
+        ("houlsby", {}, "no weight can hold"),
+        ("krona", {"a1": 4, "a2": 4}, "a rank must be given"),
+        ("ln[relative=true]", {}, "no LoRA stands"),
+        ("head", {}, "no LoRA stands|changes"),
+    ],
+)
+def test_what_peft_cannot_express_is_refused(method: str, options: dict[str, Any], said: str, tmp_path: Path) -> None:
+    _, _, _, delta = adapted("llama", method, **options)
+    with pytest.raises(dw.UserError, match=said):
+        delta.save(tmp_path / "out", format="peft")
+    assert not list(tmp_path.glob("out/*.json"))
+    assert not list(tmp_path.glob("out/*.safetensors"))
+
+
+# ---- vLLM and kohya -------------------------------------------------------------------------------------
+
+
+def test_vllm_gets_one_rank_and_one_scale(tmp_path: Path) -> None:
+    method = "lora[rank=3, alpha=12, targets=attention.q]+lora[rank=9, alpha=3, rslora=true, targets=mlp.up]"
+    model, ours, inputs, delta = adapted("llama", method)
+    delta.save(tmp_path, format="vllm")
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["rank_pattern"], config["alpha_pattern"]) == (16, 16, {}, {})
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    assert {tensor.shape[0] for key, tensor in tensors.items() if key.endswith("lora_A.weight")} == {16}
+    assert all(key.endswith(("lora_A.weight", "lora_B.weight")) for key in tensors)
+    with quiet():
+        theirs = peft.PeftModel.from_pretrained(model, tmp_path).eval()
+    agree(logits("llama", ours, inputs), logits("llama", theirs, inputs))
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "said"),
+    [
+        ("lora[dora=true]", {}, "a rank must be given"),
+        ("lora", {"also": ["head"]}, "trained in full .*: merge instead"),
+        ("lora[targets=attention.q]+bitfit", {}, "no biases|trained biases"),
+    ],
+)
+def test_vllm_refuses_what_it_would_not_see(method: str, options: dict[str, Any], said: str, tmp_path: Path) -> None:
+    _, _, _, delta = adapted("qwen2", method, **options)
+    with pytest.raises(dw.UserError, match=said):
+        delta.save(tmp_path, format="vllm")
+
+
+def test_kohya_is_read_by_diffusers(tmp_path: Path) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_lora_to_diffusers
+
+    torch.manual_seed(0)
+    model = diffusers.UNet2DConditionModel(
+        sample_size=8, in_channels=2, out_channels=2, layers_per_block=1, block_out_channels=(8, 8), norm_num_groups=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=8, attention_head_dim=4,
+    )  # fmt: skip
+    delta = dw.attach(model, "lora[rank=2, alpha=6, targets='to_q,to_out.0']")
+    for parameter in delta.parameters():
+        parameter.data.normal_(std=0.3)
+    delta.save(tmp_path, format="kohya")
+    tensors, alphas = _convert_non_diffusers_lora_to_diffusers(load_file(tmp_path / "lora.safetensors"))
+    assert set(alphas.values()) == {6.0}
+    assert len(tensors) == 2 * len(delta.attached) == 32
+    for item in delta.attached:
+        A, B, scale = item.tuner.factors()
+        assert scale == 3.0
+        attention, _, name = item.place.path.removesuffix(".0").rpartition(".")
+        assert torch.equal(tensors[f"unet.{attention}.processor.{name}_lora.down.weight"], A)
+        assert torch.equal(tensors[f"unet.{attention}.processor.{name}_lora.up.weight"], B)
+
+
+def test_kohya_refuses_a_language_model(tmp_path: Path) -> None:
+    _, _, _, delta = adapted("llama", "lora")
+    with pytest.raises(dw.UserError, match="this is a LlamaForCausalLM"):
+        delta.save(tmp_path, format="kohya")
+
+
+# ---- the command ----------------------------------------------------------------------------------------
+
+
+def test_the_command_converts_both_ways_and_merges(call: Call, tmp_path: Path) -> None:  # noqa: F811
+    _, ours, inputs, delta = adapted("bert", "oft[targets=attention.q, block=8]", also=["head"])
+    delta.save(tmp_path / "ours")
+    words = ("--model", "tiny_models:classifier", "--task", "classification")
+    status, out, err = call("export", tmp_path / "ours", "--out", tmp_path / "peft", "--rank", 4, *words)
+    assert (status, err) == (0, "")
+    assert "lost: rank 4 holds all but" in out
+    assert out.endswith(f"peft: {tmp_path / 'peft'}\n")
+    status, out, _ = call("export", tmp_path / "peft", "--format", "deltaworks", "--out", tmp_path / "back", *words)
+    assert status == 0
+    assert "lost" not in out
+    again = dw.load(ZOO["bert"]()[0], tmp_path / "back")
+    assert str(again.config).startswith("lora[targets=query, rank=4")
+    assert again.also == ["classifier"]
+    status, out, err = call("export", tmp_path / "ours", "--format", "merged", "--out", tmp_path / "merged", *words)
+    assert status == 0, err
+    from transformers import BertForSequenceClassification
+
+    merged = BertForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    assert torch.allclose(logits("bert", merged, inputs), logits("bert", ours, inputs), atol=1e-5)
+    status, _, err = call("export", tmp_path / "ours", "--format", "vllm", "--out", tmp_path / "vllm", *words)
+    assert status == 2
+    assert "trained in full" in err
