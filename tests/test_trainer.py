@@ -94,18 +94,34 @@ def test_every_method_resumes_exactly(tmp_path: Path, name: str) -> None:
     test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one(tmp_path, method)
 
 
-def test_checkpoints_hold_the_adapter_alone(tmp_path: Path) -> None:
+def test_checkpoints_hold_the_adapter_alone_for_us_and_for_peft(tmp_path: Path) -> None:
+    import peft
+
     trainer = trainer_of(tmp_path, "lora[rank=2]", save_strategy="steps", save_steps=3)
     trainer.train()
-    folder = tmp_path / "checkpoint-3"
+    folder = tmp_path / "checkpoint-6"
     names = {path.name.split("-")[0] for path in folder.iterdir()}
-    assert names == {"adapter.json", "adapter", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
+    own, theirs = {"adapter.json", "adapter"}, {"adapter_config.json", "adapter_model.safetensors"}
+    assert names == own | theirs | {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
     trained = sum(parameter.numel() for parameter in trainer.delta.parameters())
     stored = next(folder.glob("adapter-*.safetensors")).stat().st_size
     assert 4 * trained <= stored <= 4 * trained + 6000
-    model, _ = ZOO["bert"]()
+    model, inputs = ZOO["bert"]()
     loaded = dw.load(model, folder)
     assert loaded.config == trainer.delta.config
+    foreign = peft.PeftModel.from_pretrained(ZOO["bert"]()[0], str(folder)).eval()
+    trainer.model.eval()
+    inputs.pop("labels", None)
+    with torch.no_grad():
+        expected = trainer.model(**inputs).logits
+        torch.testing.assert_close(model.eval()(**inputs).logits, expected)
+        torch.testing.assert_close(foreign(**inputs).logits, expected)
+
+
+def test_what_peft_cannot_hold_is_saved_in_our_format_alone(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, "houlsby[reduction=4]", max_steps=1)
+    trainer.save_model(str(tmp_path / "final"))
+    assert {path.name.split("-")[0] for path in (tmp_path / "final").iterdir()} == {"adapter.json", "adapter"}
 
 
 def test_save_model_writes_an_adapter_that_loads(tmp_path: Path) -> None:
@@ -131,6 +147,30 @@ def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path: Path) -> None:
     assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses), abs=1e-6)
 
 
+def test_only_the_last_and_the_best_checkpoint_stay(tmp_path: Path) -> None:
+    trainer = trainer_of(
+        tmp_path, "lora[rank=2]", learning_rate=0.5, eval_strategy="steps", eval_steps=1, save_strategy="steps",
+        save_steps=1, load_best_model_at_end=True, metric_for_best_model="loss", save_total_limit=2,
+    )  # fmt: skip
+    trainer.train()
+    best = Path(str(trainer.state.best_model_checkpoint)).name
+    left = {path.name for path in tmp_path.iterdir() if path.name.startswith("checkpoint-")}
+    assert left == {best, f"checkpoint-{STEPS}"}
+    assert best != f"checkpoint-{STEPS}"
+
+
+def test_labels_are_smoothed_as_without_an_adapter(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, "lora[rank=2]", label_smoothing_factor=0.3, max_steps=1)
+    plain, _ = ZOO["bert"]()
+    batch = next(iter(trainer.get_train_dataloader()))
+    with torch.no_grad():
+        for model in (plain, trainer.model):
+            model.eval()
+        logits = plain(**{key: value for key, value in batch.items() if key != "labels"}).logits
+        expected = torch.nn.functional.cross_entropy(logits, batch["labels"], label_smoothing=0.3)
+        assert float(trainer.compute_loss(trainer.model, dict(batch))) == pytest.approx(float(expected), abs=1e-6)
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_trains_the_same(tmp_path: Path, reentrant: bool) -> None:
     plain = trainer_of(tmp_path / "plain", "lora[rank=2]")
@@ -145,8 +185,9 @@ def test_gradient_checkpointing_trains_the_same(tmp_path: Path, reentrant: bool)
         torch.testing.assert_close(value, expected[key], rtol=0, atol=1e-5)
 
 
-def test_bfloat16_keeps_float32_masters_and_learns(tmp_path: Path) -> None:
-    trainer = trainer_of(tmp_path, "lora[rank=2]", bf16=True, max_steps=30)
+@pytest.mark.parametrize("method", ["lora[rank=2]", "adalora[rank=2, interval=1]"])
+def test_bfloat16_keeps_float32_masters_and_learns(tmp_path: Path, method: str) -> None:
+    trainer = trainer_of(tmp_path, method, bf16=True, max_steps=30)
     trainer.train()
     assert {parameter.dtype for parameter in trainer.delta.parameters()} == {torch.float32}
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

@@ -4,6 +4,7 @@ import gc
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers as hf
@@ -89,13 +90,15 @@ def test_sft_trains_and_saves_the_adapter_alone(tmp_path: Path) -> None:
     assert losses(trainer)[-1] < losses(trainer)[0]
     folder = tmp_path / f"checkpoint-{STEPS}"
     names = {path.name.split("-")[0] for path in folder.iterdir()}
-    assert names == {"adapter.json", "adapter", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
-    model = decoder()
+    own, theirs = {"adapter.json", "adapter"}, {"adapter_config.json", "adapter_model.safetensors"}
+    assert names == own | theirs | {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
+    model, tokens = decoder(), torch.arange(2, 12)[None]
     dw.load(model, folder)
-    tokens = torch.arange(2, 12)[None]
+    foreign = peft.PeftModel.from_pretrained(decoder(), str(folder))
     with torch.no_grad():
         expected = trainer.model.eval()(input_ids=tokens).logits
         torch.testing.assert_close(model.eval()(input_ids=tokens).logits, expected)
+        torch.testing.assert_close(foreign.eval()(input_ids=tokens).logits, expected)
 
 
 def parameters_alive() -> int:
@@ -205,8 +208,6 @@ def test_both_kinds_of_checkpointing_train_the_same(tmp_path: Path, make: Any, r
 @pytest.mark.slow
 @pytest.mark.parametrize("make", [SFTTrainer, DPOTrainer])
 def test_losses_are_those_of_peft(tmp_path: Path, make: Any) -> None:
-    import peft
-
     ours = (sft if make is SFTTrainer else dpo)(tmp_path, "lora[rank=2, alpha=4, targets=attention.q]")
     config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
     settings, data = (SFTConfig, sentences()) if make is SFTTrainer else (DPOConfig, pairs())
@@ -249,8 +250,6 @@ def test_a_quantized_base_trains_float32_masters(tmp_path: Path) -> None:
 
 
 def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:
-    import peft
-
     with pytest.raises(UserError, match="nothing to do for peft_config: leave it out"):
         DeltaSFT(dw.attach(decoder(), "lora"), peft_config=peft.LoraConfig())
     with pytest.raises(UserError, match="sync_ref_model updates a second model"):

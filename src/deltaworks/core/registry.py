@@ -152,8 +152,9 @@ def method(
     ``kinds`` the kinds of places it can stand around (what changes the weight of a linear can change that of an
     expert, so "matrix" goes without saying); ``identity`` whether the model's output is unchanged at
     step 0; ``learning_rate`` a default found by running, among the rates ``tried``; ``limits`` what it cannot do
-    ("merge", "rows", "generate", "compile", "checkpointing", "bfloat16", "family:NAME" or "nothing" to tune), each
-    with the sentence that its error says; ``small`` options that suit a model of width 32, where the defaults do not.
+    ("merge", "rows", "generate", "compile", "checkpointing", "bfloat16", "sharded", "family:NAME" or "nothing" to
+    tune), each with the sentence that its error says; ``small`` options that suit a model of width 32, where the
+    defaults do not.
     """
 
     def register(config: ConfigClass) -> ConfigClass:

@@ -28,8 +28,10 @@ def keep_whole(delta: Delta, plugin: Any) -> None:
     """Let FSDP2 leave an adapter out: to be called before ``accelerator.prepare`` with accelerate's FSDP plugin.
 
     Its gradients are then each process's own: ``Team.average`` makes them one after every backward pass. Raises
-    UserError where the weights are loaded by the first process alone.
+    UserError for a method that needs the base whole, and where the weights are loaded by the first process alone.
     """
+    if limit := delta.limit("sharded"):
+        raise UserError(f"{delta.config} cannot be trained while FSDP2 shards the base: {limit}")
     if plugin.cpu_ram_efficient_loading:
         raise UserError(
             f"{delta.config} stays whole in every process, which accelerate cannot do while only the first one loads "

@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import SCHEDULER_NAME
+from transformers.utils import logging
 
 from deltaworks.core.delta import Delta
 from deltaworks.core.errors import UserError
 from deltaworks.core.procedure import Run
-from deltaworks.core.sharding import is_sharded
+from deltaworks.core.sharding import is_sharded, whole
 from deltaworks.core.showing import shown
 from deltaworks.store.checkpoint import resume
 from deltaworks.train.devices import Team
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     Base = Trainer
 else:
     Base = object
+
+logger = logging.get_logger(__name__)
 
 
 class DeltaTrainerMixin(Base):
@@ -142,10 +145,10 @@ class DeltaTrainerMixin(Base):
         if not model.training:
             return result
         loss, outputs = result if return_outputs else (result, None)
-        whole = self.delta.procedure.loss(loss)
-        if whole is not loss and self._is_scaled(num_items_in_batch):
-            whole = loss + (whole - loss) / self.current_gradient_accumulation_steps
-        return (whole, outputs) if return_outputs else whole
+        full = self.delta.procedure.loss(loss)
+        if full is not loss and self._is_scaled(num_items_in_batch):
+            full = loss + (full - loss) / self.current_gradient_accumulation_steps
+        return (full, outputs) if return_outputs else full
 
     def _is_scaled(self, num_items_in_batch: Any) -> bool:
         """Whether the loss of a batch is its share of an accumulated one already (as in ``training_step``)."""
@@ -161,18 +164,34 @@ class DeltaTrainerMixin(Base):
         return loss
 
     replicated = False  # the adapter is whole in every process, though FSDP2 shards the base
+    readable_by_peft = True  # until peft's format is found not to express the adapter
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the adapter; in a checkpoint with the state of its training."""
+        """Write the adapter, in a checkpoint with the state of its training; for peft as well, where peft can read it.
+
+        A folder of both formats is loaded from ours.
+        """
         folder = output_dir or str(self.args.output_dir)
         if self.args.should_save or is_sharded(self.delta):  # all processes have a part of a sharded one
-            self.delta.save(folder, training=_internal_call)
+            with whole(self.delta) as writes:
+                if writes:
+                    self.delta.save(folder, training=_internal_call)
+                    self._save_for_peft(folder)
         if _internal_call:
             return
         if self.args.should_save and self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
         if self.args.push_to_hub:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_for_peft(self, folder: str) -> None:
+        if not self.readable_by_peft:
+            return
+        try:
+            self.delta.save(folder, format="peft")
+        except UserError as error:
+            self.readable_by_peft = False
+            logger.info(f"checkpoints are not written for peft: {error}")
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.is_fsdp_enabled:

@@ -100,7 +100,10 @@ class ID3Procedure(Growing):
     tuner=PooledTuner,
     learning_rate=3e-4,
     tried=(3e-4, 1e-3, 3e-3),
-    limits={"compile": "the entries of each adapter are others, so that switching compiles again"},
+    limits={
+        "compile": "the entries of each adapter are others, so that switching compiles again",
+        "sharded": "it chooses among all weights of the base in every backward pass",
+    },
     small={"keep": 0.05},
 )
 class ID3(Config):
