@@ -9,6 +9,7 @@ import re
 import textwrap
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from deltaworks.compare.wording import show_bytes, show_count
 from deltaworks.core.abilities import Ability, abilities
 from deltaworks.core.registry import Config, registry
 from deltaworks.listing import FORMS, markdown
+from deltaworks.store import foreign
+from deltaworks.store.foreign.peft_table import TYPES
+from deltaworks.store.foreign.peft_types import Type
 from deltaworks.train.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -214,6 +218,36 @@ def recipes_page() -> str:
     )
 
 
+def formats_page() -> str:
+    """The formats of other libraries, and the types of peft beside our methods."""
+    parts = [
+        "# Formats\n",
+        "`delta.save(folder, format=...)` and `deltaworks export` write them; `dw.load` recognises those it reads. "
+        "Ours, `deltaworks`, is one safetensors file and `adapter.json`.\n",
+    ]
+    for name in foreign.FORMATS:
+        module = import_module(f"deltaworks.store.foreign.{name}")
+        does = [word for word, function in (("read", "read"), ("written", "write")) if hasattr(module, function)]
+        text = linked(" ".join((inspect.getdoc(module) or "").split())).replace("\\_", "_").replace("\\*", "*")
+        parts.append(f"## {name} {{ #{name} }}\n\n{' and '.join(does).capitalize()}. {text}\n")
+        if name == "peft":
+            parts.append(
+                table(
+                    ("type of peft", "method", "its field: our option", "at", "acts in training alone"),
+                    map(type_row, TYPES),
+                )
+            )
+    return "\n".join(parts)
+
+
+def type_row(row: Type) -> tuple[str, ...]:
+    says = "".join(f", `{key}={value!r}`" for key, value in row.says.items())
+    fields = ", ".join(f"`{each.theirs}`: `{each.ours}`" for each in row.fields)
+    family = Path(page_of(registry()[row.method].family)).name
+    link = f"[`{row.method}`](../methods/{family}#{row.method})"
+    return f"`{row.peft}`{says}", link, fields, ", ".join(row.names), ", ".join(f"`{name}`" for name in row.training)
+
+
 def contributing_page() -> str:
     """CONTRIBUTING.md, its links to files of the repository as plain names."""
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -230,6 +264,7 @@ def pages() -> dict[str, str]:
     return {
         **method_pages(),
         "reference/commands.md": commands_page(),
+        "reference/formats.md": formats_page(),
         "reference/recipes.md": recipes_page(),
         "contributing.md": contributing_page(),
     }

@@ -84,6 +84,16 @@ def test_the_recipe_for_loading_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert torch.equal(names["model"](tokens).logits, base.model(tokens).logits)
 
 
+def test_a_quantized_base_is_loaded_quantized() -> None:
+    record = a_record()
+    record.data.task = "causal"
+    text = card_of_run(parse_recipe({"model": "tiny-lm", "task": "causal", "quantize": "nf4"}), record, "out")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    compile(code, "card", "exec")
+    assert 'load_model("tiny-lm", "causal", labels=None, quantization=Quantization(form=\'nf4\', double=True))' in code
+    assert "from deltaworks.train.quantizing import Quantization" in code
+
+
 def test_the_card_of_an_adapter_over_a_base_of_the_hub() -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 

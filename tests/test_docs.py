@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
 QUICK = ("index.md", "guides/adding-a-method.md", "coming-from-peft.md", "coming-from-adapters.md")
-SMALL = ("steps=2", "batch_size=4", "limit=60", "test_limit=12", "max_length=24", "curve_points=1")
+SMALL = ("steps=2", "epochs=null", "batch_size=4", "limit=60", "test_limit=12", "max_length=24", "curve_points=1")
 FENCE = re.compile(r"^```(\w+)(?: title=\"([^\"]*)\")?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -136,6 +136,14 @@ def test_every_key_of_a_recipe_is_in_the_reference(generate: ModuleType) -> None
 
     page = generate.recipes_page()
     assert all(f"| `{key}` |" in page for key in Recipe.model_fields)
+
+
+def test_every_format_and_type_of_peft_is_in_the_reference(generate: ModuleType) -> None:
+    page = generate.formats_page()
+    assert all(f"## {name} {{" in page for name in ("peft", "diffusers", "vllm", "kohya"))
+    assert (
+        "| `LORA` | [`lora`](../methods/reparametrized-low-rank.md#lora) | `r`: `rank`, `lora_alpha`: `alpha`" in page
+    )
 
 
 @pytest.mark.slow

@@ -74,11 +74,14 @@ def facts(record: Record) -> dict[str, str]:
 def loading(recipe: Recipe, record: Record, place: str | Path) -> str:
     """Python that builds the base as it was trained, with its head, and attaches the adapter."""
     task = record.data.task
-    lines = ["import deltaworks as dw", "from deltaworks.train.models import load_model", ""]
+    lines = ["import deltaworks as dw", "from deltaworks.train.models import load_model"]
+    lines += ["from deltaworks.train.quantizing import Quantization"] if recipe.quantization else []
+    lines.append("")
     if task in LABELLED:
         lines.append(f"labels = {record.data.labels}")
     options = ["labels=labels" if task in LABELLED else "labels=None"]
     options += [f'dtype="{recipe.dtype}"'] if recipe.dtype != "float32" else []
+    options += [f"quantization={recipe.quantization!r}"] if recipe.quantization else []
     lines.append(f'model = load_model("{recipe.model}", "{task}", {", ".join(options)}).model')
     lines.append(f'delta = dw.load(model, "{place}")  # or its id on the Hub')
     return "\n".join(lines) + "\n"
