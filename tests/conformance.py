@@ -73,7 +73,7 @@ def parametrize(pairs: list[tuple[str, str]]) -> pytest.MarkDecorator:
     cases = []
     for method, family in pairs:
         slow = family not in MET_BY_ALL and method not in leads and tried(method, family) != 3
-        slow = slow or (family in QUANTIZED and f"{method}-{family}" not in QUICK)
+        slow = f"{method}-{family}" not in QUICK if family in QUANTIZED else slow
         cases.append(pytest.param(method, family, id=f"{method}-{family}", marks=[pytest.mark.slow] * slow))
     return pytest.mark.parametrize(("method", "family"), cases)
 

@@ -14,6 +14,7 @@ from torch import nn
 from deltaworks.core import families
 from deltaworks.core.families import ATTENTION, CROSS_ATTENTION, MLP
 from deltaworks.core.paths import ancestors, name_of
+from deltaworks.core.quantized import is_quantized
 
 KINDS = (
     "linear",
@@ -85,7 +86,7 @@ class Place:
 
 def kind_of(module: nn.Module) -> str | None:
     """The kind of a module that owns weights, None of one that owns none."""
-    if isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear) or (hasattr(module, "in_features") and is_quantized(module)):
         return "linear"
     if isinstance(module, nn.Conv2d):
         return "conv2d"
@@ -137,8 +138,8 @@ def _is_cross(module: nn.Module) -> object:
 
 def features_of(module: nn.Module) -> tuple[int, int]:
     """(input, output) features of a linear or of transformers' Conv1D, whose weight is [in, out]."""
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
+    if hasattr(module, "in_features"):
+        return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
     rows, columns = module.weight.shape  # type: ignore[union-attr, misc]
     return int(rows), int(columns)
 

@@ -48,6 +48,18 @@ def dequantize(model: Any) -> None:
             quantizer.remove_quantization_config(module)
             for name in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
                 module.__dict__.pop(name, None)
+            # how its files were read is how they will be written, but for what made codes of them
+            conversions = module.__dict__.get("_weight_conversions")
+            if conversions is not None:
+                module._weight_conversions = [each for each in conversions if _is_reversible(each)]  # type: ignore[assignment]
+
+
+def _is_reversible(conversion: Any) -> bool:
+    try:
+        conversion.reverse_transform()
+    except NotImplementedError:
+        return False
+    return True
 
 
 def quantized_again(model: nn.Module, module: Any, weight: Tensor) -> nn.Module:

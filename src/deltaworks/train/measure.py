@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from deltaworks.core.delta import Delta
 from deltaworks.core.errors import UserError
+from deltaworks.core.quantized import storages
 
 INCLUDES_TENSORS = (
     "bytes of all tensors at the peak of a training step on the longest batch: base weights, adapter, gradients, "
@@ -98,8 +99,8 @@ def step_memory(model: nn.Module, loss_of: Callable[[], Tensor]) -> StepMemory:
 
 def model_bytes(model: nn.Module) -> int:
     """Bytes of parameters and buffers, shared ones once; the adapters are part of the model."""
-    sizes = {_address(tensor): tensor.untyped_storage().nbytes() for tensor in (*model.parameters(), *model.buffers())}
-    return sum(sizes.values())
+    pieces = (tensor for module in model.modules() for tensor in storages(module))
+    return sum({_address(tensor): tensor.untyped_storage().nbytes() for tensor in pieces}.values())
 
 
 def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
