@@ -102,9 +102,10 @@ def header_section(header: str, module: str) -> str:
 
 
 def linked(text: str) -> str:
-    """arXiv numbers as links; what Markdown would read as marks, escaped."""
-    escaped = re.sub(r"([*_<>\[\]|])", r"\\\1", text)
-    return re.sub(r"arXiv:(\d{4}\.\d{4,5})", r"[arXiv:\1](https://arxiv.org/abs/\1)", escaped)
+    """arXiv numbers as links; what Markdown would read as marks, escaped outside of code."""
+    pieces = re.split(r"(``[^`]+``|`[^`]+`)", text)
+    pieces[::2] = [re.sub(r"([*_<>\[\]|])", r"\\\1", piece) for piece in pieces[::2]]
+    return re.sub(r"arXiv:(\d{4}\.\d{4,5})", r"[arXiv:\1](https://arxiv.org/abs/\1)", "".join(pieces))
 
 
 def facts_table(each: Ability, config: type[Config]) -> str:
@@ -228,7 +229,7 @@ def formats_page() -> str:
     for name in foreign.FORMATS:
         module = import_module(f"deltaworks.store.foreign.{name}")
         does = [word for word, function in (("read", "read"), ("written", "write")) if hasattr(module, function)]
-        text = linked(" ".join((inspect.getdoc(module) or "").split())).replace("\\_", "_").replace("\\*", "*")
+        text = linked(" ".join((inspect.getdoc(module) or "").split()))
         parts.append(f"## {name} {{ #{name} }}\n\n{' and '.join(does).capitalize()}. {text}\n")
         if name == "peft":
             parts.append(
