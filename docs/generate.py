@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import inspect
 import json
@@ -249,6 +250,15 @@ def type_row(row: Type) -> tuple[str, ...]:
     return f"`{row.peft}`{says}", link, fields, ", ".join(row.names), ", ".join(f"`{name}`" for name in row.training)
 
 
+def examples_page() -> str:
+    """What each file of examples/ says of itself."""
+    parts = ["# Examples\n", "Files of `examples/`; each runs in a checkout as its head says.\n"]
+    for path in sorted((ROOT / "examples").glob("*.py")):
+        told = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        parts.append(f"## {path.name}\n\n{told}\n")
+    return "\n".join(parts)
+
+
 def contributing_page() -> str:
     """CONTRIBUTING.md, its links to files of the repository as plain names."""
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -267,6 +277,7 @@ def pages() -> dict[str, str]:
         "reference/commands.md": commands_page(),
         "reference/formats.md": formats_page(),
         "reference/recipes.md": recipes_page(),
+        "guides/examples.md": examples_page(),
         "contributing.md": contributing_page(),
     }
 
