@@ -1,7 +1,9 @@
 """The engine by its own numbers: forms, switching, rows, merging, detaching, copying."""
 
+import copy
 import pickle
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -254,3 +256,28 @@ def test_a_watched_call_is_noted_where_gradients_are() -> None:
     arguments, keywords, noted = tap.value
     assert (arguments, keywords.keys()) == ((), inputs.keys())
     assert noted is found
+
+
+def test_running_statistics_belong_to_the_base(tmp_path: Path) -> None:
+    """Training moves none of them, so that a saved adapter computes on a fresh base what it computed here."""
+    model, inputs = zoo.ZOO["convnet"]()
+    model.train()
+    before = {name: tensor.clone() for name, tensor in model.named_buffers()}
+    assert before
+    delta = dw.attach(model, "lora", targets="conv", also=["head"])
+    for mode in (False, True):
+        model.train(mode)
+        zoo.loss_of("convnet", model, inputs).backward()
+    disturb(delta)
+    expected = zoo.output_of("convnet", model, inputs)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.named_buffers())
+    delta.save(tmp_path)
+    fresh, _ = zoo.ZOO["convnet"]()
+    dw.load(fresh, tmp_path)
+    assert difference(zoo.output_of("convnet", fresh, inputs), expected) < 1e-6
+    twin = copy.deepcopy(model)
+    assert torch.equal(zoo.output_of("convnet", twin.train(), inputs), expected)
+    delta.detach()
+    assert all(module.training and "train" not in module.__dict__ for module in model.modules())
+    zoo.output_of("convnet", model, inputs)
+    assert not all(torch.equal(tensor, before[name]) for name, tensor in model.named_buffers())

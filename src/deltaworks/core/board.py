@@ -48,6 +48,7 @@ class Board:
         self.row_names: tuple[str, ...] = ()
         self.frozen: dict[str, bool] = {}  # requires_grad of the base before the first attach
         self.nesting: list[nn.Module] = []  # modules that made nested tensors before the first attach
+        self.counting: list[nn.Module] = []  # modules with running statistics, which rest while adapters are there
         self.cut: Cut | None = None  # what the base lacks now
 
     def show(self, names: Iterable[str]) -> None:

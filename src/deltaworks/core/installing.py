@@ -48,8 +48,17 @@ def _freeze(model: nn.Module, board: Board) -> None:
     board.nesting = [module for module in model.modules() if getattr(module, "use_nested_tensor", False)]
     for module in board.nesting:
         module.use_nested_tensor = False  # type: ignore[assignment]
+    # running statistics are the base's too: used as they are, and not moved by training
+    board.counting = [module for module in model.modules() if getattr(module, "running_mean", None) is not None]
+    for module in board.counting:
+        module.eval()
+        module.train = _stay  # type: ignore[method-assign, assignment]
     for layer in filter(is_quantized, list(model.modules())):  # gradients go through all of them
         wrap(layer, board)
+
+
+def _stay(mode: bool = True) -> None:
+    """In place of a module's ``train``: it stays in evaluation."""
 
 
 def _add(delta: Delta, place: Place, tuner: nn.Module) -> None:
@@ -115,6 +124,9 @@ def uninstall(delta: Delta) -> None:
             parameter.requires_grad_(board.frozen.get(name, True))
         for module in board.nesting:
             module.use_nested_tensor = True
+        for module in board.counting:
+            del module.train
+            module.train(model.training)
 
 
 def alike(module: Any) -> bool:
