@@ -14,7 +14,7 @@ import inspect
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -255,8 +255,7 @@ class _Singles:
         self.trainer = trainer
 
     def __iter__(self) -> Iterator[Any]:
-        trainer, data = self.trainer, self.trainer.train_dataset
-        assert data is not None
+        trainer, data = self.trainer, cast(Any, self.trainer.train_dataset)
         return (trainer._prepare_inputs(trainer.data_collator([data[index]])) for index in range(len(data)))
 
 
