@@ -155,6 +155,7 @@ EXACT = {
     "lora-xs": ("llama", "lora-xs[rank=3]"),
     "loha-conv1d": ("gpt2", "loha[rank=2, targets=attention.qkv]"),
     "two": ("llama", "lora[rank=2, targets=attention.q]+lora-fa[rank=3, targets='attention.q,mlp.up']"),
+    "tied": ("qwen2", "lora[targets='embedding.token,attention.q', rank=3, alpha=6]"),
     "biases": ("bert", "lora[rank=2, pissa=true]+bitfit[targets='attention.q,norm']"),
 }
 
@@ -202,7 +203,7 @@ def test_a_whole_rank_leaves_nothing_out(tmp_path: Path) -> None:
     ("method", "options", "said"),
     [
         ("houlsby", {}, "no weight can hold"),
-        ("krona", {"a1": 4, "a2": 4}, "a rank must be given"),
+        ("krona", {"a1": 4, "a2": 4}, "give a rank to cut it to"),
         ("ln[relative=true]", {}, "no LoRA stands"),
         ("head", {}, "no LoRA stands|changes"),
     ],
@@ -235,7 +236,7 @@ def test_vllm_gets_one_rank_and_one_scale(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("method", "options", "said"),
     [
-        ("lora[dora=true]", {}, "a rank must be given"),
+        ("lora[dora=true]", {}, "give a rank to cut it to"),
         ("lora", {"also": ["head"]}, "trained in full .*: merge instead"),
         ("lora[targets=attention.q]+bitfit", {}, "no biases|trained biases"),
     ],

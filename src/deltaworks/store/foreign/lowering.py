@@ -5,6 +5,7 @@ The best approximation of rank r is the truncated SVD (Eckart and Young, 1936, d
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -74,18 +75,18 @@ def lowered(delta: Delta, rank: int | None = None) -> Lowering:
 
     Raises UserError where it computes what no weight can hold, or where ``rank`` is needed and not given.
     """
-    by_path: dict[str, list[Attached]] = {}
+    by_path: dict[str, list[Any]] = {}
     for item in method_items(delta):
-        by_path.setdefault(item.place.path, []).append(item)
+        for place, tuner in item.all:  # owners of a tied weight each get their own
+            by_path.setdefault(place.path, []).append(tuner)
     found = Lowering()
-    for path, items in by_path.items():
-        _check(delta, items)
-        if any(item.tuner.gives("weight") or item.tuner.gives("factors") for item in items):
-            found.weights[path] = _own(delta, items) if rank is None else _cut(delta, items, rank)
-        if any(item.tuner.gives("bias") for item in items):
-            module = delta.model.get_submodule(path)
-            bias = effective_of(delta, items).get("bias")
-            if bias is not None and bias is not module._parameters.get("bias"):
+    for path, tuners in by_path.items():
+        _check(tuners)
+        if weighing := [tuner for tuner in tuners if _weighs(tuner)]:
+            found.weights[path] = _own(delta, weighing) if rank is None else _cut(delta, tuners, rank)
+        if any(tuner.gives("bias") for tuner in tuners):
+            bias = effective_of(delta, tuners).get("bias")
+            if bias is not None:
                 found.biases[path] = bias
     if not found.weights:
         raise UserError(f"{delta.config} changes no weight of a linear layer, so it is no LoRA")
@@ -97,12 +98,12 @@ def method_items(delta: Delta) -> list[Attached]:
     return [item for item in delta.attached if item.member < len(delta.members)]
 
 
-def effective_of(delta: Delta, items: list[Attached]) -> dict[str, Any]:
+def effective_of(delta: Delta, tuners: Sequence[Any]) -> dict[str, Any]:
     """The parameters of one module with some of its tuners applied, in float64."""
-    module = delta.model.get_submodule(items[0].place.path)
+    module = delta.model.get_submodule(tuners[0].place.path)
     base = {name: None if t is None else t.detach().double() for name, t in base_tensors(module).items()}
     with torch.no_grad():
-        return effective([item.tuner for item in items], base)
+        return effective(list(tuners), base)
 
 
 def padded(lowered: Lowered, rank: int) -> Lowered:
@@ -111,57 +112,50 @@ def padded(lowered: Lowered, rank: int) -> Lowered:
     return replace(lowered, A=F.pad(lowered.A, (0, 0, 0, more)), B=F.pad(lowered.B, (0, more)))
 
 
-def _check(delta: Delta, items: list[Attached]) -> None:
-    for item in items:
-        if item.tuner.form() == 3:
-            raise UserError(
-                f"{item.tuner.config} at {item.key!r} computes something that no weight can hold, so it is no LoRA"
-            )
-        weighs = item.tuner.gives("weight") or item.tuner.gives("factors")
-        if item.tuner.gives("tensor") or (weighs and item.place.kind not in LOWERED):
-            raise UserError(
-                f"{item.tuner.config} changes {item.place.path!r}, a {item.place.kind}, which no LoRA stands at"
-            )
+def _weighs(tuner: Any) -> bool:
+    return bool(tuner.gives("weight") or tuner.gives("factors"))
 
 
-def _own(delta: Delta, items: list[Attached]) -> Lowered:
+def _check(tuners: Sequence[Any]) -> None:
+    for tuner in tuners:
+        place = tuner.place
+        if tuner.form() == 3:
+            raise UserError(f"{tuner.config} at {place.name!r} computes what no weight can hold, so it is no LoRA")
+        if tuner.gives("tensor") or (_weighs(tuner) and place.kind not in LOWERED):
+            raise UserError(f"{tuner.config} changes {place.name!r}, a {place.kind}, which no LoRA stands at")
+
+
+def _own(delta: Delta, tuners: Sequence[Any]) -> Lowered:
     """The tuners' own factors, side by side."""
+    place = tuners[0].place
+    scale, module = 1.0, delta.model.get_submodule(place.path)
+    whole = to_matrix(place.kind, base_tensors(module)["weight"])
     A, B = [], []
-    items = [item for item in items if item.tuner.gives("weight") or item.tuner.gives("factors")]
-    scale, module = 1.0, delta.model.get_submodule(items[0].place.path)
-    whole = to_matrix(items[0].place.kind, base_tensors(module)["weight"])
-    for item in items:
-        if not item.tuner.gives("factors"):
-            raise UserError(
-                f"{item.tuner.config} at {item.key!r} is no low-rank change: a rank must be given to cut it to"
-            )
+    for tuner in tuners:
+        if not tuner.gives("factors"):
+            raise UserError(f"{tuner.config} at {place.name!r} is no low-rank change: give a rank to cut it to")
         with torch.no_grad():
-            factors = item.tuner.factors()
-        start, stop = item.place.part or (0, len(whole))
+            factors = tuner.factors()
+        start, stop = tuner.place.part or (0, len(whole))
         own = F.pad(factors.B.detach(), (0, 0, start, len(whole) - stop))  # other outputs of a fused projection: zero
-        if len(items) == 1 and isinstance(factors.scale, int | float):
+        if len(tuners) == 1 and isinstance(factors.scale, int | float):
             scale = float(factors.scale)
         else:
             own = own * factors.scale
         A.append(factors.A.detach())
         B.append(own)
-    return Lowered(_whole(items[0].place), module, torch.cat(A), torch.cat(B, dim=1), scale)
+    return Lowered(replace(place, part=None), module, torch.cat(A), torch.cat(B, dim=1), scale)
 
 
-def _cut(delta: Delta, items: list[Attached], rank: int) -> Lowered:
+def _cut(delta: Delta, tuners: Sequence[Any], rank: int) -> Lowered:
     """The best factors of a rank for the change of the weight."""
-    place = items[0].place
+    place = tuners[0].place
     module = delta.model.get_submodule(place.path)
     base = base_tensors(module)["weight"]
-    change = to_matrix(place.kind, effective_of(delta, items)["weight"] - base.detach().double())
+    change = to_matrix(place.kind, effective_of(delta, tuners)["weight"] - base.detach().double())
     U, S, V = torch.linalg.svd(change, full_matrices=False)
     rank = min(rank, len(S))
     root = S[:rank].sqrt()
     norm, rest = float(S.norm()), float(S[rank:].norm())
     A, B = (root[:, None] * V[:rank]).float(), (U[:, :rank] * root).float()
-    return Lowered(_whole(place), module, A, B, error=rest / norm if norm else 0.0)
-
-
-def _whole(place: Place) -> Place:
-    """The place of the whole fused projection."""
-    return Place(place.path, place.role, place.kind, place.stack, place.block)
+    return Lowered(replace(place, part=None), module, A, B, error=rest / norm if norm else 0.0)

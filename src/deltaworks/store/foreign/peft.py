@@ -19,9 +19,10 @@ from deltaworks.core.errors import UserError
 from deltaworks.core.registry import Config
 from deltaworks.store.files import check_writable, read_json
 from deltaworks.store.foreign import lost
-from deltaworks.store.foreign.peft_config import STARTS, Plan, as_plain, plan, row_of, usual_targets
-from deltaworks.store.foreign.peft_slots import check_whole, slots, without_repeated
-from deltaworks.store.foreign.peft_written import written
+from deltaworks.store.foreign.peft_config import STARTS, Plan, as_plain, plan, row_of, rows_of, usual_targets
+from deltaworks.store.foreign.peft_slots import TOKENS, check_whole, slots, without_repeated, without_twins
+from deltaworks.store.foreign.peft_written import made_for_twins, written
+from deltaworks.store.foreign.targets import is_tied, module_names
 from deltaworks.store.foreign.tensors import check_fit, read_tensors, write_json, write_tensors
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -50,7 +51,7 @@ def translated(model: nn.Module, spec: Any, seed: int) -> tuple[Config, list[str
     if data.get("target_modules") is None and not row.whole:
         data["target_modules"] = usual_targets(model, row)
     made = plan(data, model, fresh=True)
-    return made.config, made.also, seed if made.seed is None else made.seed, bool(data.get("ensure_weight_tying"))
+    return made.config, made.also, seed if made.seed is None else made.seed, is_tied(data)
 
 
 def read(model: nn.Module, folder: Path, name: str) -> Delta:
@@ -69,8 +70,11 @@ def read(model: nn.Module, folder: Path, name: str) -> Delta:
 def attached(model: nn.Module, data: Mapping[str, Any], tensors: dict[str, Any], path: Path, name: str) -> Delta:
     """Attach what a configuration and the tensors of a file say. Raises UserError as ``read`` does."""
     made = plan(data, model, _resized(model, row_of(data).prefix, tensors))
-    tied = bool(data.get("ensure_weight_tying"))
-    delta = attach(model, made.config, name=name, also=made.also, seed=made.seed or 0, tied=tied)
+    for own, rows in rows_of(data, model, module_names(model)).items():  # ours are in ascending order
+        key = f"{made.row.prefix}{own}{TOKENS}"
+        if key in tensors and len(tensors[key]) == len(rows):
+            tensors = tensors | {key: tensors[key][sorted(range(len(rows)), key=rows.__getitem__)]}
+    delta = attach(model, made.config, name=name, also=made.also, seed=made.seed or 0, tied=is_tied(data))
     try:
         _fill(delta, path, made, tensors)
     except BaseException:
@@ -80,20 +84,18 @@ def attached(model: nn.Module, data: Mapping[str, Any], tensors: dict[str, Any],
 
 
 def _fill(delta: Delta, path: Path, made: Plan, tensors: dict[str, Any]) -> None:
-    places = list(slots(delta, made.row))
+    places, stored = list(slots(delta, made.row)), delta.tensors().keys()
     tensors = without_repeated(delta, made.row, tensors, {slot.theirs for slot in places})
-    check_fit(
-        path, tensors, {slot.theirs: slot.shape for slot in places if slot.theirs in tensors or not slot.name.optional}
-    )
-    check_whole(path, places, tensors)
-    stored = delta.tensors().keys()
-    for slot in places:
-        given = tensors.get(slot.theirs)
-        if slot.name.optional and given is not None and not torch.allclose(slot.current(), slot.read(given)):
-            raise UserError(
-                f"{str(path)!r}: {slot.theirs!r} was drawn otherwise than from its seed, which is all that is kept"
-            )
-    delta.restore({slot.ours: slot.read(tensors[slot.theirs]) for slot in places if slot.ours in stored})
+    tensors, copies = without_twins(delta, tensors)
+    # what is made again, or shared with another slot, may be left out
+    needed = [slot for slot in places if slot.theirs in tensors or slot.ours in stored]
+    check_fit(path, tensors, {slot.theirs: slot.shape for slot in needed})
+    check_whole(path, needed, tensors)
+    delta.restore({slot.ours: slot.read(tensors[slot.theirs]) for slot in needed if slot.ours in stored})
+    again = {slot.theirs: slot.current() for slot in needed if slot.ours not in stored} | made_for_twins(delta)
+    for key, value in (copies | {slot.theirs: slot.read(tensors[slot.theirs]) for slot in needed}).items():
+        if key in again and (again[key].shape != value.shape or not torch.allclose(again[key], value)):
+            raise UserError(f"{str(path)!r}: {key!r} is not what its seed, or the weight that it is tied to, makes")
 
 
 def _resized(model: nn.Module, prefix: str, tensors: Mapping[str, Any]) -> list[str]:

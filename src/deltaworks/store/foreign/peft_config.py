@@ -14,6 +14,7 @@ from deltaworks.core.board import board_of
 from deltaworks.core.errors import UserError
 from deltaworks.core.places import Place
 from deltaworks.core.registry import Composition, Config, find
+from deltaworks.core.ties import owners
 from deltaworks.store.foreign import lost, targets
 from deltaworks.store.foreign.peft_table import TYPES
 from deltaworks.store.foreign.peft_types import Type
@@ -21,7 +22,7 @@ from deltaworks.store.foreign.peft_types import Type
 COMMON = (
     "auto_mapping", "base_model_name_or_path", "bias", "exclude_modules", "fan_in_fan_out", "inference_mode",
     "layers_pattern", "layers_to_transform", "modules_to_save", "peft_type", "peft_version", "revision",
-    "target_modules", "task_type",
+    "target_modules", "task_type", "trainable_token_indices",
 )  # fmt: skip
 """Fields of every type, which are read here or change no output."""
 STARTS = ("init_lora_weights", "init_ia3_weights", "init_weights")
@@ -89,6 +90,7 @@ def plan(data: Mapping[str, Any], model: nn.Module, kept: Collection[str] = (), 
     members += _biases(data, model, found, [path for path in paths if path not in also], chosen)
     seed = int(data.get(*row.seed)) if row.seed else None
     exact = [targets.exactly(found, path) for path in also]
+    exact += [f"{targets.exactly(found, path)}#{rows}" for path, rows in _rows(data, model, found, paths)]
     return Plan(row, members[0] if len(members) == 1 else Composition(members=members), exact, seed)
 
 
@@ -158,6 +160,28 @@ def _biases(
         if path in kinds and model.get_submodule(path)._parameters.get("bias") is not None
     ]
     return [config(targets=targets.expression(found, own, config.kinds))] if own else []
+
+
+def rows_of(data: Mapping[str, Any], model: Any, paths: list[str]) -> dict[str, list[int]]:
+    """The rows that ``trainable_token_indices`` names, by the path of their embedding. Raises UserError."""
+    given = data.get("trainable_token_indices") or {}
+    if not isinstance(given, dict):
+        inputs = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+        own = [path for path in paths if model.get_submodule(path) is inputs]
+        return dict.fromkeys(own[:1], given)
+    found = {path: rows for name, rows in given.items() for path in paths if path.endswith(name)}
+    if missing := [name for name in given if not any(path.endswith(name) for path in paths)]:
+        raise UserError(f"trainable_token_indices: {missing[0]!r} names no module of {type(model).__name__}")
+    return found
+
+
+def _rows(data: Mapping[str, Any], model: nn.Module, found: Anatomy, paths: list[str]) -> list[tuple[str, str]]:
+    """Targets with their rows; peft trains those of a tied weight in all its owners, whatever else is tied."""
+    items = []
+    for path, rows in rows_of(data, model, paths).items():
+        tied = [other for other, _ in owners(found, path, "weight")]
+        items += [(own, ",".join(map(str, sorted(rows)))) for own in (path, *tied)]
+    return items
 
 
 def _inside(path: str, outer: str) -> bool:

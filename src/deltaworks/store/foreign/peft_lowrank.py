@@ -182,8 +182,8 @@ VERA = Type(
         "conv1d",
         names=(
             *under(b="vera_lambda_b", d="vera_lambda_d"),
-            Name("projection.A", "base_model.vera_A", optional=True),
-            Name("projection.B", "base_model.vera_B", optional=True),
+            Name("projection.A", "base_model.vera_A"),
+            Name("projection.B", "base_model.vera_B"),
         ),
     ),
     idle=("save_projection",),

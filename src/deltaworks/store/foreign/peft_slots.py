@@ -10,11 +10,16 @@ import torch
 from torch import Tensor
 
 from deltaworks.core.errors import UserError
+from deltaworks.core.rows import Rows
 from deltaworks.store.foreign.peft_types import Name, Shape, Spot, Type, base_added
 
 if TYPE_CHECKING:
     from deltaworks.core.building import Attached
     from deltaworks.core.delta import Delta
+
+
+TOKENS = ".token_adapter.trainable_tokens_delta"
+"""What peft calls the rows of an embedding that are trained alone."""
 
 
 class Slot(NamedTuple):
@@ -66,6 +71,8 @@ def slots(delta: Delta, row: Type) -> Iterator[Slot]:
 
 def _names(row: Type, item: Attached, adapted: set[str]) -> tuple[Name, ...]:
     """Names of one tuner's tensors: those of its row, of a module that is trained in full, or of a bias."""
+    if isinstance(item.tuner, Rows):
+        return (Name("rows", f"{{path}}{TOKENS}"),)
     if item.tuner.config is None:
         masters = (name.partition(".")[2] for name in item.tuner.stored())
         return tuple(Name(f"masters.{name}", f"{{path}}.{name}") for name in masters)
@@ -77,6 +84,13 @@ def _names(row: Type, item: Attached, adapted: set[str]) -> tuple[Name, ...]:
 
 def _tensors(spot: Spot) -> dict[str, Tensor]:
     return dict(spot.tuner.named_parameters()) | dict(spot.tuner.named_buffers())
+
+
+def without_twins(delta: Delta, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The tensors without the LoRA of other owners of a tied weight, which peft writes too, and these."""
+    paths = tuple(f"base_model.model.{twin.place.path}.lora_" for item in delta.attached for twin in item.twins)
+    copies = {key: value for key, value in tensors.items() if key.startswith(paths)}
+    return {key: value for key, value in tensors.items() if key not in copies}, copies
 
 
 def check_whole(path: Path, places: Sequence[Slot], tensors: Mapping[str, Tensor]) -> None:

@@ -44,9 +44,8 @@ class Name:
     """A tensor of our tuner, and what follows the module's path in their file.
 
     ``shape`` gives their shape from ours (None: any size); the values stand in the same order, changed by ``read`` to
-    ours and by ``write`` to theirs. ``when`` says for which tuners the name stands; an ``optional`` tensor is one that
-    we make again, so that it is only compared. ``columns`` are those of their tensor that are ours, where it holds
-    several of ours side by side.
+    ours and by ``write`` to theirs. ``when`` says for which tuners the name stands. ``columns`` are those of their
+    tensor that are ours, where it holds several of ours side by side.
     """
 
     ours: str
@@ -55,7 +54,6 @@ class Name:
     read: Callable[[Tensor, Spot], Tensor] = lambda tensor, spot: tensor
     write: Callable[[Tensor, Spot], Tensor] = lambda tensor, spot: tensor
     when: Callable[[Spot], bool] = lambda spot: True
-    optional: bool = False
     columns: Callable[[Spot], slice] | None = None
 
 

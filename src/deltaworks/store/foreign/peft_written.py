@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from deltaworks.core.errors import UserError
+from deltaworks.core.rows import Rows
 from deltaworks.store.foreign import lost, targets
 from deltaworks.store.foreign.lowering import Lowered, effective_of, lowered, method_items
-from deltaworks.store.foreign.peft_slots import slots
+from deltaworks.store.foreign.peft_slots import TOKENS, slots
 from deltaworks.store.foreign.peft_table import LORA, TYPES
 from deltaworks.store.foreign.peft_types import Spot, Type
 
@@ -51,17 +52,21 @@ def written(
         data |= {"target_modules": targets.ends(paths, names)} | fields
     else:
         paths, tensors = [item.place.path for item in mine], _tensors(delta, row)
-        biases = {item.place.path: effective_of(delta, [item])["bias"] for item in items if item not in mine}
+        biases = {item.place.path: effective_of(delta, [item.tuner])["bias"] for item in items if item not in mine}
         chosen = {} if row.whole else {"target_modules": targets.ends(paths, names)}
         data |= chosen | _fields(row, mine, delta.seed) | row.written(mine, chosen.get("target_modules"))
     config = getattr(delta.model, "config", None)
     data |= {"peft_type": row.peft, "base_model_name_or_path": getattr(config, "_name_or_path", None) or None}
     data |= _bias_fields(delta, row, biases, set(paths), tensors)
-    saved = [item.place.path for item in delta.attached if item.member >= len(delta.members)]
+    saved, whole_modules, token_rows = _saved(delta, row.prefix)
     if saved:
         data["modules_to_save"] = _outermost(delta.model, saved)
+    if token_rows and row is not LORA:
+        raise UserError(f"peft's {row.peft} trains no rows of an embedding: only LORA does")
+    if token_rows:
+        data["trainable_token_indices"] = token_rows
     data["task_type"] = _task(delta.model, row, data.get("modules_to_save", []))
-    tensors |= _saved(delta, row.prefix)
+    tensors |= whole_modules
     if any(delta.model.get_submodule(path).__class__.__name__ == "Conv1D" for path in paths) and not row.whole:
         data["fan_in_fan_out"] = True
     return data, {key: value.float() if value.dtype == torch.float64 else value for key, value in tensors.items()}
@@ -71,6 +76,8 @@ def native(items: Sequence[Attached], rows: Sequence[Type] = TYPES) -> Type | No
     """The row that says this adapter as it is, or None."""
     configs = list({id(item.tuner.config): item.tuner.config for item in items}.values())
     paths = [item.place.path for item in items]
+    if any(item.twins for item in items):  # peft would leave the other owners of a tied weight as they are
+        return None
     if not items or len(set(paths)) < len(paths) or any(item.place.part is not None for item in items):
         return None
     for row in rows:
@@ -118,14 +125,26 @@ def _tensors(delta: Delta, row: Type) -> dict[str, Tensor]:
     return found
 
 
-def _saved(delta: Delta, prefix: str) -> dict[str, Tensor]:
-    """Whole modules that are trained in full."""
-    return {
-        f"{prefix}{item.place.path}.{name.partition('.')[2]}": value
-        for item in delta.attached
-        if item.member >= len(delta.members)
-        for name, value in item.tuner.stored().items()
-    }
+def _saved(delta: Delta, prefix: str) -> tuple[list[str], dict[str, Tensor], dict[str, list[int]]]:
+    """What is trained beside the methods: modules, their tensors and those of rows, and the rows by module."""
+    paths: list[str] = []
+    tensors: dict[str, Tensor] = {}
+    rows: dict[str, list[int]] = {}
+    stored = delta.tensors()
+    for item in delta.attached:
+        if item.member < len(delta.members):
+            continue
+        if isinstance(item.tuner, Rows):
+            if f"{item.key}.rows" in stored:  # other owners of a tied weight follow
+                rows[item.place.path] = item.tuner.index.tolist()
+                tensors[f"{prefix}{item.place.path}{TOKENS}"] = item.tuner.rows.detach()
+            continue
+        own = {name.partition(".")[2]: value for name, value in item.tuner.stored().items()}
+        paths += [place.path for place, _ in item.all]
+        tensors |= {f"{prefix}{item.place.path}.{name}": value for name, value in own.items()}
+        for twin in item.twins:  # peft parts tied modules that are saved
+            tensors |= {f"{prefix}{twin.place.path}.{name}": own[there] for name, there in twin.names.items()}
+    return paths, tensors, rows
 
 
 def lora_file(weights: Mapping[str, Lowered]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -154,6 +173,18 @@ def lora_tensors(path: str, one: Lowered) -> dict[str, Tensor]:
         )
         for name, value in ((named["A"], one.A), (named["B"], one.B))
     }
+
+
+def made_for_twins(delta: Delta) -> dict[str, Tensor]:
+    """The LoRA that stands for each other owner of a tied weight."""
+    found: dict[str, Tensor] = {}
+    for item in method_items(delta):
+        for twin in item.twins:
+            if twin.gives("factors"):
+                A, B, _ = twin.factors()
+                module = delta.model.get_submodule(twin.place.path)
+                found |= lora_tensors(twin.place.path, Lowered(twin.place, module, A.detach(), B.detach()))
+    return found
 
 
 def _bias_fields(

@@ -24,6 +24,9 @@ HEADS = {
 }
 """Modules that peft saves in full with every adapter of a task, where the model has them."""
 
+TIED = ("embed_tokens", "lm_head")
+"""The embeddings and heads that peft can tie, by their names."""
+
 
 def module_names(model: nn.Module) -> list[str]:
     """The paths of a model's own modules, without those of adapters."""
@@ -98,6 +101,14 @@ def saved_whole(data: Mapping[str, Any], paths: Sequence[str]) -> list[str]:
 def patterned(pattern: Mapping[str, Any], path: str, usual: Any) -> Any:
     """The value that a pattern (regular expressions for the ends of paths) gives one module, else the usual one."""
     return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", path)), usual)
+
+
+def is_tied(data: Mapping[str, Any]) -> bool:
+    """Whether peft ties adapters of tied weights: where it is asked to and knows the embedding by its name."""
+    chosen, saved = data.get("target_modules") or [], data.get("modules_to_save") or []
+    known = [name for name in TIED if isinstance(chosen, str) and named(chosen, name)]
+    known += [name for name in (*([] if isinstance(chosen, str) else chosen), *saved) if name.split(".")[-1] in TIED]
+    return bool(data.get("ensure_weight_tying")) and bool(known)
 
 
 def ends(chosen: Sequence[str], paths: Sequence[str]) -> list[str] | str:
