@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
     from deltaworks.core.delta import Delta
 
-TITLE = "{method} on {base}"
-
 
 def card(
     config: Config,
@@ -39,7 +37,7 @@ def card(
     """
     from huggingface_hub import ModelCardData
 
-    title = TITLE.format(method=config, base=base)
+    title = f"{config} on {base}"
     front = ModelCardData(
         library_name=library,
         base_model=base_id,
