@@ -27,7 +27,7 @@ def matrices(modules: Mapping[str, nn.Module], place: Place) -> Iterator[Place]:
     module = modules[place.path]
     if isinstance(module, nn.MultiheadAttention):
         yield from _attention(module, replace(place, kind="matrix"))
-    elif is_read(modules.get(parent_of(place.path)), place.path):
+    elif is_read(modules.get(parent_of(place.path)), place.path) or _is_router(module, place):
         yield replace(place, kind="matrix")
     elif place.role == EXPERTS:
         yield from _experts(module, replace(place, kind="matrix"))
@@ -36,6 +36,11 @@ def matrices(modules: Mapping[str, nn.Module], place: Place) -> Iterator[Place]:
 def is_read(parent: nn.Module | None, path: str) -> bool:
     """Whether a module's parent reads its parameters without calling it."""
     return isinstance(parent, nn.MultiheadAttention) and name_of(path) == "out_proj"
+
+
+def _is_router(module: nn.Module, place: Place) -> bool:
+    weight = module._parameters.get("weight")
+    return place.role == f"{MLP}.router" and weight is not None and weight.dim() == 2
 
 
 def _attention(module: nn.MultiheadAttention, place: Place) -> Iterator[Place]:

@@ -47,11 +47,6 @@ class Site:
         return {name: tensor for name, tensor in base_tensors(self.module).items() if tensor is not None}
 
     @property
-    def tensors(self) -> dict[str, Tensor]:
-        """The base parameters by name; a quantized weight as a plain tensor."""
-        return {name: tensor for name, tensor in base_tensors(self.module).items() if tensor is not None}
-
-    @property
     def matrix(self) -> Tensor:
         """The base weight as the matrix [out, in] that a tuner's ``weight`` gets (1-D for norms)."""
         return matrix_of(self.place, base_tensors(self.module)[self.place.parameter])

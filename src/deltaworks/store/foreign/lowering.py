@@ -5,7 +5,7 @@ The best approximation of rank r is the truncated SVD (Eckart and Young, 1936, d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from deltaworks.core.errors import UserError
 from deltaworks.core.places import Place
-from deltaworks.core.weights import base_tensors, effective, to_matrix
+from deltaworks.core.weights import base_tensors, effective, matrix_of
 
 if TYPE_CHECKING:
     from deltaworks.core.building import Attached
@@ -38,10 +38,12 @@ class Lowered:
     B: Tensor
     scale: float = 1.0
     error: float = 0.0
+    path: str | None = None  # in the file, where it is not the module's
+    stacks: int = 1  # matrices of as many experts, one after the other
 
     @property
     def rank(self) -> int:
-        return len(self.A)
+        return len(self.A) // self.stacks
 
     def folded(self) -> Lowered:
         """The same change with a scale of one: B takes it."""
@@ -70,22 +72,24 @@ class Lowering:
         )
 
 
-def lowered(delta: Delta, rank: int | None = None) -> Lowering:
+def lowered(delta: Delta, rank: int | None = None, kinds: Collection[str] = LOWERED) -> Lowering:
     """The adapter as factors. ``rank`` cuts every change to that rank, and is needed where one is no factors.
+
+    ``kinds`` are those of places that the format can say; a "matrix" has the name of its place instead of a path.
 
     Raises UserError where it computes what no weight can hold, or where ``rank`` is needed and not given.
     """
     by_path: dict[str, list[Any]] = {}
     for item in method_items(delta):
         for place, tuner in item.all:  # owners of a tied weight each get their own
-            by_path.setdefault(place.path, []).append(tuner)
+            by_path.setdefault(place.name, []).append(tuner)
     found = Lowering()
     for path, tuners in by_path.items():
-        _check(tuners)
+        _check(tuners, kinds)
         if weighing := [tuner for tuner in tuners if _weighs(tuner)]:
             found.weights[path] = _own(delta, weighing) if rank is None else _cut(delta, tuners, rank)
         if any(tuner.gives("bias") for tuner in tuners):
-            bias = effective_of(delta, tuners).get("bias")
+            bias = effective_of(delta, tuners).get(tuners[0].place.bias)
             if bias is not None:
                 found.biases[path] = bias
     if not found.weights:
@@ -116,20 +120,20 @@ def _weighs(tuner: Any) -> bool:
     return bool(tuner.gives("weight") or tuner.gives("factors"))
 
 
-def _check(tuners: Sequence[Any]) -> None:
+def _check(tuners: Sequence[Any], kinds: Collection[str]) -> None:
     for tuner in tuners:
         place = tuner.place
         if tuner.form() == 3:
             raise UserError(f"{tuner.config} at {place.name!r} computes what no weight can hold, so it is no LoRA")
-        if tuner.gives("tensor") or (_weighs(tuner) and place.kind not in LOWERED):
+        if tuner.gives("tensor") or (_weighs(tuner) and place.kind not in kinds):
             raise UserError(f"{tuner.config} changes {place.name!r}, a {place.kind}, which no LoRA stands at")
 
 
 def _own(delta: Delta, tuners: Sequence[Any]) -> Lowered:
     """The tuners' own factors, side by side."""
-    place = tuners[0].place
+    place = replace(tuners[0].place, part=None)
     scale, module = 1.0, delta.model.get_submodule(place.path)
-    whole = to_matrix(place.kind, base_tensors(module)["weight"])
+    whole = matrix_of(place, base_tensors(module)[place.parameter])
     A, B = [], []
     for tuner in tuners:
         if not tuner.gives("factors"):
@@ -144,18 +148,18 @@ def _own(delta: Delta, tuners: Sequence[Any]) -> Lowered:
             own = own * factors.scale
         A.append(factors.A.detach())
         B.append(own)
-    return Lowered(replace(place, part=None), module, torch.cat(A), torch.cat(B, dim=1), scale)
+    return Lowered(place, module, torch.cat(A), torch.cat(B, dim=1), scale)
 
 
 def _cut(delta: Delta, tuners: Sequence[Any], rank: int) -> Lowered:
     """The best factors of a rank for the change of the weight."""
-    place = tuners[0].place
+    place = replace(tuners[0].place, part=None)
     module = delta.model.get_submodule(place.path)
-    base = base_tensors(module)["weight"]
-    change = to_matrix(place.kind, effective_of(delta, tuners)["weight"] - base.detach().double())
+    base = matrix_of(place, base_tensors(module)[place.parameter]).detach().double()
+    change = matrix_of(place, effective_of(delta, tuners)[place.parameter]) - base
     U, S, V = torch.linalg.svd(change, full_matrices=False)
     rank = min(rank, len(S))
     root = S[:rank].sqrt()
     norm, rest = float(S.norm()), float(S[rank:].norm())
     A, B = (root[:, None] * V[:rank]).float(), (U[:, :rank] * root).float()
-    return Lowered(replace(place, part=None), module, A, B, error=rest / norm if norm else 0.0)
+    return Lowered(place, module, A, B, error=rest / norm if norm else 0.0)

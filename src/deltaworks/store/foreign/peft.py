@@ -20,6 +20,7 @@ from deltaworks.core.registry import Config
 from deltaworks.store.files import check_writable, read_json
 from deltaworks.store.foreign import lost
 from deltaworks.store.foreign.peft_config import STARTS, Plan, as_plain, plan, row_of, rows_of, usual_targets
+from deltaworks.store.foreign.peft_matrices import unstacked
 from deltaworks.store.foreign.peft_slots import TOKENS, check_whole, slots, without_repeated, without_twins
 from deltaworks.store.foreign.peft_written import made_for_twins, written
 from deltaworks.store.foreign.targets import is_tied, module_names
@@ -49,7 +50,7 @@ def translated(model: nn.Module, spec: Any, seed: int) -> tuple[Config, list[str
     elif start not in row.starts:
         raise UserError(f"peft's start {start!r} is not held for {row.peft}: choose one of {row.starts}")
     if data.get("target_modules") is None and not row.whole:
-        data["target_modules"] = usual_targets(model, row)
+        data["target_modules"] = [] if data.get("target_parameters") else usual_targets(model, row)
     made = plan(data, model, fresh=True)
     return made.config, made.also, seed if made.seed is None else made.seed, is_tied(data)
 
@@ -84,6 +85,7 @@ def attached(model: nn.Module, data: Mapping[str, Any], tensors: dict[str, Any],
 
 
 def _fill(delta: Delta, path: Path, made: Plan, tensors: dict[str, Any]) -> None:
+    tensors = unstacked(delta, made.row.prefix, tensors)
     places, stored = list(slots(delta, made.row)), delta.tensors().keys()
     tensors = without_repeated(delta, made.row, tensors, {slot.theirs for slot in places})
     tensors, copies = without_twins(delta, tensors)

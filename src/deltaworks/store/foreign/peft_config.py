@@ -16,6 +16,7 @@ from deltaworks.core.places import Place
 from deltaworks.core.registry import Composition, Config, find
 from deltaworks.core.ties import owners
 from deltaworks.store.foreign import lost, targets
+from deltaworks.store.foreign.peft_matrices import expression, parameters, projections
 from deltaworks.store.foreign.peft_table import TYPES
 from deltaworks.store.foreign.peft_types import Type
 
@@ -84,9 +85,10 @@ def plan(data: Mapping[str, Any], model: nn.Module, kept: Collection[str] = (), 
         members.append(find(row.method)(**_options(row, data, None, model)))
     else:
         chosen = targets.targeted(data, model, paths)
-        if fresh:
+        named = parameters(data, found)
+        if fresh and not (named and data.get("target_modules") in ([], None)):
             targets.check_named(data, chosen, model, paths)
-        members += _members(row, data, model, found, chosen)
+        members += _members(row, data, model, found, chosen, named)
     members += _biases(data, model, found, [path for path in paths if path not in also], chosen)
     seed = int(data.get(*row.seed)) if row.seed else None
     exact = [targets.exactly(found, path) for path in also]
@@ -117,21 +119,34 @@ def _check_fields(row: Type, data: Mapping[str, Any]) -> None:
         lost(f"{key}={value!r} acts in training alone and is not held here")
 
 
-def _members(row: Type, data: Mapping[str, Any], model: nn.Module, found: Anatomy, chosen: list[str]) -> list[Config]:
-    """One configuration for each set of modules that have the same options."""
+def _members(
+    row: Type, data: Mapping[str, Any], model: nn.Module, found: Anatomy, chosen: list[str], named: list[Place]
+) -> list[Config]:
+    """One configuration for each set of modules, and of named parameters, that have the same options."""
     config = find(row.method)
     kinds = [kind for kind in config.kinds if kind in row.names]
-    places = {place.path: place for place in found.places if place.part is None and place.kind in kinds}
-    if odd := [path for path in chosen if path not in places]:
+    places = {place.path: place for place in found.places if place.part is None and place.kind in {*kinds} - {"matrix"}}
+    named = [*named, *(place for path in chosen for place in projections(model, found, path) if "matrix" in kinds)]
+    inside = {place.path for place in named}
+    if odd := [path for path in chosen if path not in places and path not in inside]:
         what = type(model.get_submodule(odd[0])).__name__
         raise UserError(f"peft's {row.peft} at {odd[0]!r} ({what}) has no counterpart here ({len(odd)} such modules)")
-    if not chosen:
+    if not chosen and not named:
         raise UserError(f"target_modules={data.get('target_modules')!r} names no module of {type(model).__name__}")
-    groups: dict[str, tuple[dict[str, Any], list[str]]] = {}
-    for path in chosen:
-        options = _options(row, data, places[path], model)
-        groups.setdefault(json.dumps(options, sort_keys=True), (options, []))[1].append(path)
-    return [config(targets=targets.expression(found, own, kinds), **options) for options, own in groups.values()]
+    groups: dict[str, tuple[dict[str, Any], list[str], list[Place]]] = {}
+    for place in [*(places[path] for path in chosen if path in places), *named]:
+        options = _options(row, data, place, model)
+        _, modules, matrices = groups.setdefault(json.dumps(options, sort_keys=True), (options, [], []))
+        if place.kind == "matrix":
+            matrices.append(place)
+        else:
+            modules.append(place.path)
+    members = []
+    for options, modules, matrices in groups.values():
+        items = [targets.expression(found, modules, kinds)] if modules else []
+        items += expression(found, matrices) if matrices else []
+        members.append(config(targets=",".join(items), **options))
+    return members
 
 
 def _options(row: Type, data: Mapping[str, Any], place: Place | None, model: nn.Module) -> dict[str, Any]:
@@ -140,9 +155,20 @@ def _options(row: Type, data: Mapping[str, Any], place: Place | None, model: nn.
     for own in row.fields:
         value = data.get(own.theirs, own.default)
         if place is not None and own.pattern:
-            value = targets.patterned(data.get(own.pattern) or {}, place.path, value)
+            value = targets.patterned(data.get(own.pattern) or {}, _matched(place), value)
         options[own.ours] = own.read(value)
     return options | row.site(data, place, model)
+
+
+def _matched(place: Place) -> str:
+    """What their patterns compare: the path of the module, or the parameter that ``target_parameters`` names."""
+    if place.kind != "matrix" or place.parameter == "in_proj_weight":
+        return place.path
+    return place.path.removesuffix(".out_proj") if place.role != "mlp.router" and place.expert is None else _full(place)
+
+
+def _full(place: Place) -> str:
+    return f"{place.path}.{place.parameter}"
 
 
 def _biases(

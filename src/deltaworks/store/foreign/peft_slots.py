@@ -11,6 +11,7 @@ from torch import Tensor
 
 from deltaworks.core.errors import UserError
 from deltaworks.core.rows import Rows
+from deltaworks.store.foreign.peft_matrices import their_path
 from deltaworks.store.foreign.peft_types import Name, Shape, Spot, Type, base_added
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def slots(delta: Delta, row: Type) -> Iterator[Slot]:
         own = _tensors(spot)
         for name in _names(row, item, adapted):
             if name.ours in own and name.when(spot):
-                theirs = name.theirs.format(path=f"{row.prefix}{item.place.path}")
+                theirs = name.theirs.format(path=f"{row.prefix}{their_path(delta.model, item.place)}")
                 yield Slot(theirs, name.shape(tuple(own[name.ours].shape), spot), f"{item.key}.{name.ours}", name, spot)
 
 

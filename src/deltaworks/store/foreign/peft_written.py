@@ -12,6 +12,7 @@ from deltaworks.core.errors import UserError
 from deltaworks.core.rows import Rows
 from deltaworks.store.foreign import lost, targets
 from deltaworks.store.foreign.lowering import Lowered, effective_of, lowered, method_items
+from deltaworks.store.foreign.peft_matrices import stacked
 from deltaworks.store.foreign.peft_slots import TOKENS, slots
 from deltaworks.store.foreign.peft_table import LORA, TYPES
 from deltaworks.store.foreign.peft_types import Spot, Type
@@ -44,12 +45,14 @@ def written(
     names = targets.module_names(delta.model)
     data: dict[str, Any] = {"peft_version": VERSION, "inference_mode": True}
     if row is None:
-        whole = lowered(delta, rank)
+        whole = lowered(delta, rank, LORA.names)
         if rank is not None:
             lost(whole.loss(rank))
-        row, paths, biases = LORA, list(whole.weights), whole.biases
-        fields, tensors = lora_file(whole.weights)
+        weights, parameters = stacked(delta, whole.weights)
+        row, paths, biases = LORA, [name for name in weights if name in names], whole.biases
+        fields, tensors = lora_file(weights)
         data |= {"target_modules": targets.ends(paths, names)} | fields
+        data |= {"target_parameters": parameters} if parameters else {}
     else:
         paths, tensors = [item.place.path for item in mine], _tensors(delta, row)
         biases = {item.place.path: effective_of(delta, [item.tuner])["bias"] for item in items if item not in mine}
@@ -76,6 +79,8 @@ def native(items: Sequence[Attached], rows: Sequence[Type] = TYPES) -> Type | No
     """The row that says this adapter as it is, or None."""
     configs = list({id(item.tuner.config): item.tuner.config for item in items}.values())
     paths = [item.place.path for item in items]
+    if any(item.place.kind == "matrix" for item in items):
+        return None
     if any(item.twins for item in items):  # peft would leave the other owners of a tied weight as they are
         return None
     if not items or len(set(paths)) < len(paths) or any(item.place.part is not None for item in items):
@@ -168,7 +173,7 @@ def lora_tensors(path: str, one: Lowered) -> dict[str, Tensor]:
     named = {name.ours: name for name in LORA.names[one.place.kind] if name.ours in ("A", "B")}
     spot = Spot(None, one.module, one.place)
     return {
-        name.theirs.format(path=f"{LORA.prefix}{path}"): value.reshape(
+        name.theirs.format(path=f"{LORA.prefix}{one.path or path}"): value.reshape(
             [int(n or 0) for n in name.shape(tuple(value.shape), spot)]
         )
         for name, value in ((named["A"], one.A), (named["B"], one.B))
