@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_cli import Call, call  # noqa: F401
-from test_peft import agree, logits, lora, quiet, trained
+from test_peft import agree, logits, lora, of, quiet, trained
 from torch import nn
 from zoo import ZOO
 
@@ -133,6 +133,42 @@ def test_a_pickle_is_not_read(checkpoint: Path) -> None:
     (checkpoint / "adapter_model.safetensors").rename(checkpoint / "adapter_model.bin")
     with pytest.raises(dw.UserError, match="pickle"):
         dw.load(ZOO["llama"]()[0], checkpoint)
+
+
+def test_one_of_several_named_adapters_must_be_given(tmp_path: Path) -> None:
+    with quiet():
+        under = trained(ZOO["llama"]()[0], lora()())
+        under.add_adapter("second", lora()())
+        under.save_pretrained(tmp_path, selected_adapters=["second"])
+    model, _ = ZOO["llama"]()
+    with pytest.raises(dw.UserError, match="holds the adapters second in folders of their own"):
+        dw.load(model, tmp_path)
+    assert len(dw.load(model, tmp_path / "second", name="second").attached) == 4
+
+
+def test_triplets_that_were_pruned_stay_pruned(tmp_path: Path) -> None:
+    model, inputs = ZOO["llama"]()
+    under = trained(model, of("AdaLora", target_r=2, init_r=4, lora_alpha=6, total_step=10)())
+    kept = {}
+    with torch.no_grad():
+        for index, (name, parameter) in enumerate(under.base_model.model.named_parameters()):
+            if "lora_E" in name:
+                kept[name] = [bool((index >> place) & 1) for place in range(4)]
+                parameter.mul_(torch.tensor(kept[name])[:, None])
+    under.peft_config["default"].rank_pattern = kept
+    with quiet():
+        under.save_pretrained(tmp_path / "theirs")
+    shapes = {
+        len(tensor) for key, tensor in load_file(tmp_path / "theirs/adapter_model.safetensors").items() if "_E" in key
+    }
+    assert shapes == {sum(rank) for rank in kept.values()} != {4}
+    ours = copy.deepcopy(model)
+    delta = dw.load(ours, tmp_path / "theirs")
+    agree(logits("llama", under, inputs), logits("llama", ours, inputs))
+    delta.save(tmp_path / "ours", format="peft")
+    with quiet():
+        again = peft.PeftModel.from_pretrained(model, tmp_path / "ours").eval()
+    agree(logits("llama", under, inputs), logits("llama", again, inputs))
 
 
 def test_an_embedding_of_another_base_is_refused(tmp_path: Path) -> None:

@@ -56,9 +56,17 @@ def writer(name: str) -> Any:
 
 
 def recognised(folder: Path) -> Any | None:
-    """The module of the format that ``folder`` is in, or None."""
-    modules = [_module(name) for name in FORMATS]
-    return next((m for m in modules if hasattr(m, "recognises") and m.recognises(folder)), None)
+    """The module of the format that ``folder`` is in, or None.
+
+    Raises UserError where its folders are adapters, as peft writes those that have names.
+    """
+    readers = [module for module in map(_module, FORMATS) if hasattr(module, "recognises")]
+    found = next((module for module in readers if module.recognises(folder)), None)
+    if found is None and folder.is_dir():
+        inner = sorted(own.name for own in folder.iterdir() if own.is_dir() and any(m.recognises(own) for m in readers))
+        if inner:
+            raise UserError(f"{str(folder)!r} holds the adapters {', '.join(inner)} in folders of their own: give one")
+    return found
 
 
 def translator(spec: Any) -> Any:

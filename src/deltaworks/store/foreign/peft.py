@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from deltaworks.core.delta import Delta, attach
@@ -21,7 +20,7 @@ from deltaworks.store.files import check_writable, read_json
 from deltaworks.store.foreign import lost
 from deltaworks.store.foreign.peft_config import STARTS, Plan, as_plain, plan, row_of, rows_of, usual_targets
 from deltaworks.store.foreign.peft_matrices import unstacked
-from deltaworks.store.foreign.peft_slots import TOKENS, check_whole, slots, without_repeated, without_twins
+from deltaworks.store.foreign.peft_slots import TOKENS, check_whole, same, slots, without_repeated, without_twins
 from deltaworks.store.foreign.peft_written import made_for_twins, written
 from deltaworks.store.foreign.targets import is_tied, module_names
 from deltaworks.store.foreign.tensors import check_fit, read_tensors, write_json, write_tensors
@@ -96,7 +95,7 @@ def _fill(delta: Delta, path: Path, made: Plan, tensors: dict[str, Any]) -> None
     delta.restore({slot.ours: slot.read(tensors[slot.theirs]) for slot in needed if slot.ours in stored})
     again = {slot.theirs: slot.current() for slot in needed if slot.ours not in stored} | made_for_twins(delta)
     for key, value in (copies | {slot.theirs: slot.read(tensors[slot.theirs]) for slot in needed}).items():
-        if key in again and (again[key].shape != value.shape or not torch.allclose(again[key], value)):
+        if key in again and not same(again[key], value):
             raise UserError(f"{str(path)!r}: {key!r} is not what its seed, or the weight that it is tied to, makes")
 
 

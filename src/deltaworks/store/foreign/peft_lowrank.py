@@ -8,6 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from deltaworks.store.foreign import lost
 from deltaworks.store.foreign.peft_types import Field, Name, Shape, Spot, Type, at, reshaped, under
 
 
@@ -18,6 +19,15 @@ def kernel(shape: Shape, spot: Spot) -> Shape:
 
 def _area(spot: Spot) -> int:
     return int(spot.module.kernel_size[0] * spot.module.kernel_size[1])
+
+
+def _dropout(data: Mapping[str, Any], place: Any, model: Any) -> dict[str, Any]:
+    """DoRA drops inputs out at linear layers alone here."""
+    rate = data.get("lora_dropout", 0.0)
+    if not rate or not data.get("use_dora") or place.kind in ("linear", "conv1d"):
+        return {}
+    lost(f"lora_dropout={rate} acts in training alone and is not held for DoRA at {place.path!r}")
+    return {"dropout": 0.0}
 
 
 LORA = Type(
@@ -45,6 +55,7 @@ LORA = Type(
         "embedding": under(A="lora_embedding_A", B="lora_embedding_B", magnitude="lora_magnitude_vector"),
         "matrix": under(A="lora_A.weight", B="lora_B.weight"),
     },
+    site=_dropout,
     sited=("target_parameters",),
     idle=("qalora_group_size", "megatron_core", "runtime_config", "ensure_weight_tying"),
     unsaid=("ratio",),

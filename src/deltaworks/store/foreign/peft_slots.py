@@ -120,15 +120,18 @@ def without_repeated(
         for wrapper in REPEATED:
             plain = plain.removesuffix(wrapper)
         twin = tensors.get(f"{plain}.{name}") if owner.endswith(".modules_to_save") else None
-        same = twin if twin is not None else _base(delta, plain.removeprefix(row.prefix), name)
-        if same is None:
+        known = twin if twin is not None else _base(delta, plain.removeprefix(row.prefix), name)
+        if known is None:
             continue
-        if same.shape != tensors[key].shape or not bool(
-            torch.isclose(same.float(), tensors[key].float(), 1e-2, 1e-4).all()
-        ):
+        if not same(known, tensors[key]):
             raise UserError(f"the checkpoint's {key!r} is another than this model's: it was trained on another base")
         del kept[key]
     return kept
+
+
+def same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are equal but for the rounding to bfloat16."""
+    return one.shape == other.shape and torch.allclose(one.float(), other.float(), rtol=1e-2, atol=1e-4)
 
 
 def _base(delta: Delta, path: str, name: str) -> Tensor | None:
