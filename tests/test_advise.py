@@ -349,7 +349,7 @@ def test_the_values_that_are_tried_lie_beside_the_bounds_of_the_rules() -> None:
         ({"adapters_served": 0}, "--adapters-served: "),
         ({"task": "clasification"}, "--task 'clasification' is unknown: did you mean 'classification'"),
         ({"dtype": "float8"}, "--dtype: input should be 'float32', 'bfloat16' or 'float16'"),
-        ({"quantize": "nf5"}, "--quantize: input should be 'nf4' or 'int8'"),
+        ({"quantize": "nf5"}, "--quantize: input should be 'nf4', 'fp4', 'int8'"),
         ({"methods": "lorra"}, "no method matches 'lorra': did you mean 'lora'"),
         ({"methods": "lora,"}, "--methods 'lora,' has an empty part between commas"),
         ({"colour": "red"}, "there is no wish 'colour'"),
@@ -542,11 +542,10 @@ def test_the_recipe_reads_back_with_what_was_advised(tmp_path: Path) -> None:
     assert "(R2)" in (tmp_path / "recipe.yaml").read_text()
 
 
-def test_a_quantized_base_is_no_recipe(tmp_path: Path) -> None:
-    advice = ask(model="large", memory="12GB", batch=1)
-    with pytest.raises(UserError, match=r"lora\[rank=16\] is advised over a base in nf4, which a recipe cannot say"):
-        write_recipe(advice, tmp_path / "recipe.yaml")
-    assert not list(tmp_path.iterdir())
+def test_a_quantized_base_is_in_the_recipe(tmp_path: Path) -> None:
+    write_recipe(ask(model="large", memory="12GB", batch=1), tmp_path / "recipe.yaml")
+    recipe = read_recipe(tmp_path / "recipe.yaml")
+    assert (recipe.method, recipe.quantize, recipe.dtype) == ("lora[rank=16]", "nf4", "bfloat16")
 
 
 @pytest.fixture

@@ -408,3 +408,28 @@ def test_bytes_of_a_large_weight() -> None:
     assert sum(sizes) == 8_388_608 + 262_144 + 4 * 1024 + 4 + 4 * 16 + 4 * 256
     assert 8 * sum(sizes) / 4096**2 == pytest.approx(4.127, abs=1e-3)
     assert model_bytes(wide) == sum(sizes)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_plan_has_the_bytes_of_the_loaded_model(folder: Path, form: str) -> None:
+    from deltaworks.advise.estimate import estimate
+
+    for double in (True, False) if form in ("nf4", "fp4") else (True,):
+        options: dict[str, Any] = {"batch": 2, "length": 8, "dtype": "bfloat16", "hardware": "rtx-4090"}
+        found = estimate(str(folder), "lora", quantize=form, double_quantization=double, **options)
+        model = loaded(folder, form, double, "bfloat16")
+        assert found.weight_bytes == model_bytes(model)
+        assert found.parameters == sum(map(entries, model.parameters()))
+
+
+@pytest.mark.parametrize("method", ["lora[rank=2]", "hra[rank=2]"])
+def test_a_plan_keeps_what_the_loaded_model_keeps(folder: Path, method: str) -> None:
+    """Saved activations: products of form 1 keep their input, those of form 2 are made again."""
+    from deltaworks.advise.estimate import estimate
+
+    found = estimate(str(folder), method, batch=2, length=12, quantize="nf4", hardware=None)
+    model = loaded(folder, "nf4").train()
+    dw.attach(model, method)
+    batch = {"input_ids": IDS.expand(2, -1), "attention_mask": torch.ones(2, 12, dtype=torch.long)}
+    saved = step_memory(model, lambda: model(**batch, labels=batch["input_ids"]).loss).saved
+    assert found.activation_bytes == pytest.approx(saved, rel=0.02)

@@ -138,7 +138,12 @@ def plan(
     length: Annotated[int, typer.Option(help="tokens of a row")] = 128,
     task: Annotated[str | None, typer.Option(help="default: the first that the model can do")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16, of weights and arithmetic")] = "float32",
-    quantize: Annotated[str | None, typer.Option(help="nf4 or int8, for the linear layers of the base")] = None,
+    quantize: Annotated[
+        str | None, typer.Option(help="nf4, fp4, int8, int8wo or int4wo, for the linear layers of the base")
+    ] = None,
+    double_quantization: Annotated[
+        bool, typer.Option("--double-quantization/--single-quantization", help="of the scales of nf4 and fp4")
+    ] = True,
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="compute blocks again to save memory")] = False,
     hardware: Annotated[
         str | None, typer.Option(help="a name such as rtx-4090; default: this machine; here: measure it anew")
@@ -152,7 +157,7 @@ def plan(
 
     found = estimate(
         model, method, batch=batch, length=length, task=task, dtype=dtype, quantize=quantize,
-        checkpointing=checkpointing, hardware=hardware, labels=labels,
+        double_quantization=double_quantization, checkpointing=checkpointing, hardware=hardware, labels=labels,
     )  # fmt: skip
     print(as_json(found) if json else as_text(found))
 
@@ -174,7 +179,7 @@ def advise(
     batch: Annotated[int | None, typer.Option(help="rows of a batch; default: 32")] = None,
     length: Annotated[int | None, typer.Option(help="tokens of a row; default: 256")] = None,
     dtype: Annotated[str | None, typer.Option(help="of the base; default: what fits")] = None,
-    quantize: Annotated[str | None, typer.Option(help="nf4 or int8, for the base; default: what fits")] = None,
+    quantize: Annotated[str | None, typer.Option(help="such as nf4, for the base; default: what fits")] = None,
     methods: Annotated[str | None, typer.Option(help="methods you have in mind; wildcards allowed")] = None,
     records: Annotated[Path | None, typer.Option(help="folder of a comparison of yours")] = None,
     write: Annotated[Path | None, typer.Option(help="file for the recipe that deltaworks tune runs")] = None,

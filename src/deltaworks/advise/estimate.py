@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from deltaworks.advise.bodies import build, check_length
 from deltaworks.advise.hardware import find_hardware
-from deltaworks.advise.quantized import quantized
+from deltaworks.advise.quantized import quantize as quantize_body
 from deltaworks.advise.rehearsal import rehearse
 from deltaworks.core.errors import UserError
+from deltaworks.core.quantized import entries
 from deltaworks.core.registry import configure
 
 SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -75,6 +76,7 @@ def estimate(
     task: str | None = None,
     dtype: str = "float32",
     quantize: str | None = None,
+    double_quantization: bool = True,
     checkpointing: bool = False,
     hardware: str | None = None,
     labels: int = 2,
@@ -88,7 +90,8 @@ def estimate(
         length: Tokens of a row, of input and of target.
         task: Default: what the model's configuration says, or the first task that it can do.
         dtype: Of the base weights and of the arithmetic: "float32", "bfloat16", "float16" or "bf16" and the like.
-        quantize: "nf4" or "int8" for the linear layers of the base.
+        quantize: "nf4", "fp4", "int8", "int8wo" or "int4wo" for the linear layers in the blocks of the base.
+        double_quantization: Whether the scales of nf4 and fp4 are quantized too.
         checkpointing: Whether blocks are computed again in the backward pass.
         hardware: A name of the table; default: this machine, as it was measured once ("here": measured now).
         labels: Number of classes.
@@ -107,17 +110,18 @@ def estimate(
         from deltaworks.train.stage import checkpointed
 
         checkpointed(body.model)
-    parameters = sum(parameter.numel() for parameter in body.model.parameters())
-    small = quantized(body, quantize)
-    run = rehearse(body, config, batch, length, machine.device, small.weights)
+    if quantize is not None:
+        quantize_body(body, quantize, double_quantization)
+    parameters = sum(map(entries, body.model.parameters()))
+    run = rehearse(body, config, batch, length, machine.device)
     phase = max(run.peaks, key=lambda name: run.peaks[name])
     step, forward = (machine.seconds(each, dtype) for each in (run.training, run.inference))
     return Estimate(
         model=body.name, method=str(config), task=body.task, batch=batch, length=length, dtype=dtype,
         quantize=quantize, checkpointing=checkpointing, parameters=parameters, trainable=run.trainable, head=run.head,
-        stored_bytes=run.stored, weight_bytes=run.weights - small.saved, trained_bytes=run.trained,
+        stored_bytes=run.stored, weight_bytes=run.weights, trained_bytes=run.trained,
         gradient_bytes=run.gradients, optimizer_bytes=run.moments, activation_bytes=run.saved,
-        peak_bytes=run.peaks[phase] - small.saved + small.largest, peak_phase=phase,
+        peak_bytes=run.peaks[phase], peak_phase=phase,
         flops=sum(flops for flops, _ in run.training), inference_flops=sum(flops for flops, _ in run.inference),
         step_seconds=step, inference_seconds=forward, samples_per_second=batch / step,
         hardware=machine.name, memory_bytes=machine.memory,

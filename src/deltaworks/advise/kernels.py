@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -13,7 +12,6 @@ from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 
 from deltaworks.advise.phantom import Phantom
-from deltaworks.core.errors import UserError
 
 aten = torch.ops.aten
 
@@ -21,10 +19,9 @@ aten = torch.ops.aten
 class Kernels(TorchFunctionMode):
     """Lets operations on meta tensors save what they save on a device: "cpu" or "cuda"."""
 
-    def __init__(self, device: str, phantom: Phantom, ungraded: Collection[Tensor] = ()) -> None:
+    def __init__(self, device: str, phantom: Phantom) -> None:
         super().__init__()
         self.cuda, self.phantom = device == "cuda", phantom
-        self.ungraded = {id(tensor) for tensor in ungraded}  # what is quantized has no gradient
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -41,8 +38,6 @@ class Kernels(TorchFunctionMode):
                 return _engine_run_backward(
                     args, (seed,), keep, again, inputs, allow_unreachable=True, accumulate_grad=True
                 )
-        if func is Tensor.requires_grad_ and id(args[0]) in self.ungraded and (args[1:] or (True,))[0]:
-            raise UserError("the method needs gradients of the base weights, and quantized ones have none")
         result = func(*args, **kwargs)
         if func is torch.tensor and result.is_meta:
             self.phantom.learn(result, torch.tensor(args[0], dtype=kwargs.get("dtype")))

@@ -1,65 +1,112 @@
-"""What a quantized base weighs: the linear layers of the trunk in 4 or 8 bits, as bitsandbytes stores them."""
+"""A quantized base without values: the linear layers of its blocks hold the bytes that their libraries' do."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil
+from types import SimpleNamespace
+from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltaworks.advise.bodies import Body
 from deltaworks.core.errors import UserError, nearest
+from deltaworks.core.places import features_of
+from deltaworks.core.replacing import replace
+from deltaworks.train.quantizing import group_of, quantizable
 
-BLOCK = 64  # entries that share a scale
-DOUBLE_BLOCK = 256  # scales that share a scale (Dettmers et al., 2023, arXiv:2305.14314, double quantization)
-
-
-def nf4_bytes(weight: Tensor) -> int:
-    """Half a byte for each entry, a byte for the scale of each block, and a float32 scale for 256 of these."""
-    blocks = ceil(weight.numel() / BLOCK)
-    return ceil(weight.numel() / 2) + blocks + 4 * ceil(blocks / DOUBLE_BLOCK)
+BLOCK = 64  # entries that share a scale in bitsandbytes
+DOUBLE_BLOCK = 256  # scales that share a scale
+LEVELS, SCALE_LEVELS = 16, 256  # values that a code of 4 bits, and one of a scale, can stand for
 
 
-def int8_bytes(weight: Tensor) -> int:
-    """A byte for each entry and a float32 scale for each row."""
-    return weight.numel() + 4 * weight.shape[0]
+class Coded(nn.Module):
+    """A linear layer without values, as quantized as its library has it: ``weight`` holds codes and ``state`` the rest.
+
+    A plain weight is made when one is asked for, and known to be spread as ``learn`` is told.
+    """
+
+    def __init__(self, linear: nn.Module, state: Any) -> None:
+        super().__init__()
+        self.in_features, self.out_features = features_of(linear)
+        self.dtype = linear.weight.dtype
+        state.shape = torch.Size((self.out_features, self.in_features))
+        packed = torch.empty(state.bytes, dtype=torch.uint8, device="meta")
+        self.weight = nn.Parameter(packed, requires_grad=False)
+        self.weight.quant_state = state  # type: ignore[attr-defined]
+        self.bias = linear.bias
+        self.learn: Callable[[Tensor], Any] = lambda tensor: None
+
+    def dequantize(self) -> Tensor:
+        """A weight [out, in]."""
+        dense = torch.empty(self.out_features, self.in_features, dtype=self.dtype, device="meta")  # type: ignore[arg-type]
+        self.learn(dense)
+        return dense
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.dequantize(), self.bias)  # type: ignore[arg-type]
 
 
-FORMATS = {"nf4": nf4_bytes, "int8": int8_bytes}
+def _meta(count: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(count, dtype=dtype, device="meta")
 
 
 @dataclass(frozen=True)
-class Quantized:
-    """The ``weights`` that are quantized, the bytes that this saves, and those of the largest one in full.
+class Form:
+    """What the states of one model's layers have in common; ``group`` are the entries that share a scale in int4wo."""
 
-    One weight at a time is dequantized for its product.
-    """
-
-    weights: tuple[Tensor, ...] = ()
-    saved: int = 0
-    largest: int = 0
+    dtype: torch.dtype
+    double: bool
+    group: int
 
 
-def quantized(body: Body, quantize: str | None) -> Quantized:
-    """What quantizing does to a base. Raises UserError for a format that is not known."""
-    if quantize is None:
-        return Quantized()
-    if quantize not in FORMATS:
-        raise UserError(f"quantize={quantize!r} is not known; {nearest(quantize, FORMATS)}")
-    size_of = FORMATS[quantize]
-    weights = tuple(quantizable(body))
-    if not weights:
-        raise UserError(f"{body.name} has no linear layers in its blocks, so there is nothing to quantize")
-    whole = [weight.numel() * weight.element_size() for weight in weights]
-    return Quantized(weights, sum(whole) - sum(map(size_of, weights)), max(whole))
+def _four_bits(out: int, inner: int, form: Form) -> Any:
+    """Half a byte for each entry, a scale for each block, and tables of what codes stand for (arXiv:2305.14314)."""
+    blocks = ceil(out * inner / BLOCK)
+    whole = SimpleNamespace(bytes=ceil(out * inner / 2), code=_meta(LEVELS), nested=form.double)
+    if not form.double:
+        return SimpleNamespace(**vars(whole), absmax=_meta(blocks))
+    scales = SimpleNamespace(absmax=_meta(ceil(blocks / DOUBLE_BLOCK)), code=_meta(SCALE_LEVELS))
+    return SimpleNamespace(**vars(whole), absmax=_meta(blocks, torch.uint8), offset=_meta(1), state2=scales)
 
 
-def quantizable(body: Body) -> Iterator[Tensor]:
-    """The weights of linear layers, but for the output head and what is fresh."""
-    model = body.model
-    output = getattr(model, "get_output_embeddings", lambda: None)()
-    for name, module in model.named_modules():
-        fresh = any(name == head or name.startswith(f"{head}.") for head in body.head)
-        if isinstance(module, nn.Linear) and module is not output and not fresh:
-            yield module.weight
+def _eight_bits(out: int, inner: int, form: Form) -> Any:
+    """A byte for each entry and a float32 scale for each row."""
+    return SimpleNamespace(bytes=out * inner, absmax=_meta(out), code=_meta(0), nested=False)
+
+
+def _eight_bits_alone(out: int, inner: int, form: Form) -> Any:
+    """As above, with a byte for the zero point of each row."""
+    return SimpleNamespace(bytes=out * inner, absmax=_meta(out), code=_meta(out, torch.uint8), nested=False)
+
+
+def _four_bits_alone(out: int, inner: int, form: Form) -> Any:
+    """Half a byte for each entry; a scale and a zero point for each group, in the dtype of the weight."""
+    pairs = out * inner // form.group
+    return SimpleNamespace(bytes=out * inner // 2, absmax=_meta(2 * pairs, form.dtype), code=_meta(0), nested=False)
+
+
+STATES = {
+    "nf4": _four_bits,
+    "fp4": _four_bits,
+    "int8": _eight_bits,
+    "int8wo": _eight_bits_alone,
+    "int4wo": _four_bits_alone,
+}
+
+
+def quantize(body: Body, form: str, double: bool = True) -> None:
+    """Quantize a body without values, as ``load_model`` does a model. Raises UserError for what that would refuse."""
+    if form not in STATES:
+        raise UserError(f"quantize={form!r} is not known; {nearest(form, STATES)}")
+    layers = dict(quantizable(body.model, form))
+    if not layers:
+        raise UserError(f"{body.name} has no linear layers in its blocks that {form} is for")
+    group = group_of(layers.values()) if form == "int4wo" else 0
+    for layer in layers.values():
+        inner, out = features_of(layer)
+        dtype: Any = layer.weight.dtype
+        replace(body.model, layer, Coded(layer, STATES[form](out, inner, Form(dtype, double, group))))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,11 +15,13 @@ from torch import Tensor, nn
 from deltaworks.advise.bodies import Body, batch_for
 from deltaworks.advise.kernels import Kernels
 from deltaworks.advise.phantom import Phantom
+from deltaworks.advise.quantized import Coded
 from deltaworks.advise.values import Normal
 from deltaworks.core.calibration import evaluating
 from deltaworks.core.delta import Delta, attach
 from deltaworks.core.forms import Replacement
 from deltaworks.core.procedure import Run
+from deltaworks.core.quantized import storages
 from deltaworks.core.registry import Config
 from deltaworks.train import measure
 
@@ -100,20 +103,22 @@ def loss_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return loss
 
 
-def rehearse(
-    body: Body, config: Config, rows: int, length: int, device: str, quantized: Sequence[Tensor] = ()
-) -> Rehearsal:
+def rehearse(body: Body, config: Config, rows: int, length: int, device: str) -> Rehearsal:
     """Attach, calibrate, train a few steps and end, without values; ``device`` is "cpu" or "cuda".
 
-    Raises UserError where the method does not fit the model, or needs gradients of ``quantized`` weights.
+    Raises UserError where the method does not fit the model.
     """
     model, phantom, found = body.model, Phantom(device), Rehearsal()
     found.weights = measure.model_bytes(model)
     std = getattr(getattr(model, "config", None), "initializer_range", 0.02)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        phantom.hold(tensor)
         phantom.learn(tensor, Normal(std if tensor.dim() > 1 else 0.0 if name.endswith("bias") else math.inf))
-    with Kernels(device, phantom, quantized), phantom:
+    for module in model.modules():
+        for tensor in storages(module):
+            phantom.hold(tensor)
+        if isinstance(module, Coded):
+            module.learn = partial(phantom.learn, fact=Normal(std))
+    with Kernels(device, phantom), phantom:
         delta = attach(model, config, also=body.head)
         found.peaks["attaching"] = phantom.turn()
         batches = Batches(body, rows, length)

@@ -16,7 +16,6 @@ from deltaworks.advise.evidence import read_own
 from deltaworks.advise.rules import rule_book
 from deltaworks.advise.wishes import parse_wishes
 from deltaworks.compare.wording import join, plural, show_bytes, show_count, show_seconds
-from deltaworks.core.errors import UserError
 from deltaworks.core.registry import registry
 from deltaworks.store.files import write_atomically
 from deltaworks.store.records import plain
@@ -213,13 +212,8 @@ def as_data(advice: Advice) -> str:
 
 
 def recipe_of(advice: Advice) -> Recipe:
-    """The recipe of the best option. Raises UserError where ``tune`` cannot do what is advised."""
+    """The recipe of the best option."""
     option, wishes = advice.options[0], advice.wishes
-    if held := option.settings.get("quantize"):
-        raise UserError(
-            f"{option.spec} is advised over a base in {held}, which a recipe cannot say: attach it in Python, or give "
-            f"more --memory or a smaller --batch"
-        )
     values = {
         "model": wishes.model,
         "data": wishes.data,
@@ -230,6 +224,7 @@ def recipe_of(advice: Advice) -> Recipe:
         "epochs": option.settings["epochs"],
         "rates": list(option.rates),
         "dtype": option.settings["dtype"],
+        "quantize": option.settings.get("quantize"),
         "gradient_checkpointing": option.settings.get("checkpointing"),
         "out": "runs/advised",
     }
@@ -237,7 +232,7 @@ def recipe_of(advice: Advice) -> Recipe:
 
 
 def write_recipe(advice: Advice, path: Path) -> None:
-    """Write the recipe of the best option, with the reasons as comments. Raises UserError."""
+    """Write the recipe of the best option, with the reasons as comments. Raises UserError for a bad path."""
     import yaml
 
     recipe = recipe_of(advice)

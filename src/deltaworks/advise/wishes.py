@@ -9,6 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, Ty
 
 from deltaworks.core.errors import UserError, nearest
 from deltaworks.train.columns import ROLES
+from deltaworks.train.quantizing import Form
 from deltaworks.train.recipe import Positive, Whole
 
 _sizes = TypeAdapter(ByteSize)
@@ -49,7 +50,7 @@ class Wishes(BaseModel):
     batch: Whole = 32
     length: Whole = 256
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(None, description="of the base; default: chosen")
-    quantize: Literal["nf4", "int8"] | None = Field(None, description="of the base; default: chosen")
+    quantize: Form | None = Field(None, description="of the base; default: chosen")
     methods: str | None = Field(None, description="methods asked for, with commas between; wildcards allowed")
 
 

@@ -1,7 +1,7 @@
 """Layers whose weight is stored as codes: found, and read as plain matrices, whichever library made them.
 
-Known are bitsandbytes' two and tensors that dequantize themselves (torchao). Of any other linear layer the weight is
-what the layer makes of the identity.
+Known are bitsandbytes' two, and layers (HQQ) and tensors (torchao) that dequantize themselves. Of any other linear
+layer the weight is what the layer makes of the identity.
 """
 
 from __future__ import annotations
@@ -75,6 +75,8 @@ def dense_weight(module: Any) -> Tensor:
 
     In the dtype that it was quantized from; of bitsandbytes' int8, which does not keep it, in float32.
     """
+    if hasattr(module, "dequantize"):
+        return module.dequantize()
     weight = module._parameters.get("weight")
     state = getattr(weight, "quant_state", None)
     if state is not None:

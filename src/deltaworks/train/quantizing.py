@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Literal, get_args
@@ -64,16 +64,21 @@ class Quantization:
         from torchao.quantization import Int8WeightOnlyConfig
         from transformers import TorchAoConfig
 
-        config: Any = Int8WeightOnlyConfig() if self.form == "int8wo" else _int4(wanted, device)
+        config: Any = Int8WeightOnlyConfig() if self.form == "int8wo" else _int4(group_of(wanted.values()), device)
         return TorchAoConfig(config, modules_to_not_convert=left)
 
 
-def _int4(wanted: dict[str, nn.Module], device: torch.device) -> Any:
-    """Four bits in the layout that the device has kernels for."""
-    fits = (size for size in GROUPS if all(features_of(module)[0] % size == 0 for module in wanted.values()))
-    group = next(fits, None)
+def group_of(layers: Iterable[nn.Module]) -> int:
+    """The entries that share a scale in int4wo. Raises UserError where no number of them fits all layers."""
+    layers = list(layers)
+    group = next((size for size in GROUPS if all(features_of(layer)[0] % size == 0 for layer in layers)), None)
     if group is None:
         raise UserError("int4wo needs layers whose inputs are multiples of 32: take nf4")
+    return group
+
+
+def _int4(group: int, device: torch.device) -> Any:
+    """Four bits in the layout that the device has kernels for."""
     if device.type == "cpu":
         from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
 
