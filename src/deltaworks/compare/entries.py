@@ -141,9 +141,8 @@ class Entry:
 
     @property
     def rank_of_change(self) -> float | None:
-        """The median over roles and seeds of the numerical rank of the weight changes."""
-        ranks = [role.median for run in self.runs for role in run.rank.values()]
-        return statistics.median(ranks) if ranks else None
+        """The median over the seeds."""
+        return self.median(rank_of)
 
     def better(self, first: float, second: float) -> bool:
         """Whether score ``first`` beats ``second``."""
@@ -155,3 +154,9 @@ def score_of(run: Record, split: str) -> float | None:
     if split == "test":
         return run.test.score if run.test is not None else None
     return run.validation.best if run.validation.best is not None else run.validation.last
+
+
+def rank_of(run: Record) -> float | None:
+    """The median over roles of the numerical rank of the weight changes, without the fresh head's."""
+    ranks = [role.median for name, role in run.rank.items() if name != "head"]
+    return statistics.median(ranks) if ranks else None

@@ -3,10 +3,10 @@
 import csv
 import io
 import re
-import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from deltaworks.compare.entries import rank_of
 from deltaworks.compare.scalars import ppt_of, pscp_of
 from deltaworks.compare.standings import Comparison, Entry, score_of
 from deltaworks.store.records import Record
@@ -28,7 +28,7 @@ _COLUMNS: dict[str, Callable[[Record], Any]] = {
     "rates_tried": lambda run: len(run.learning_rates),
     "steps": lambda run: run.steps,
     "batch_size": lambda run: run.batch_size,
-    "rank_of_change": lambda run: statistics.median([role.median for role in run.rank.values()]) if run.rank else None,
+    "rank_of_change": rank_of,
     "forgetting": lambda run: run.forgetting,
     "merge_error": lambda run: run.merge_error,
     "model": lambda run: run.model.id,

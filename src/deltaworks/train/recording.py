@@ -21,6 +21,8 @@ SCHEDULE = (
     "epochs", "head_rate", "weight_decay", "warmup", "clip", "max_length", "group_by_length", "gradient_checkpointing",
 )  # fmt: skip
 """Fields of a recipe that decide a result and have no field of their own in a record."""
+LATER = {"search", "searched_on", "decay", "target_length", "score", "beams"}
+"""Such fields that are named only where they are not the default, so that the keys of earlier runs stay."""
 
 
 def settings_of(recipe: Recipe, config: Config) -> dict[str, Any]:
@@ -33,8 +35,7 @@ def settings_of(recipe: Recipe, config: Config) -> dict[str, Any]:
             f"{member['method']}.{key}": value for member in members for key, value in member.items() if key != "method"
         }
     schedule = {"rates": recipe.tried_rates(config), **recipe.model_dump(include=set(SCHEDULE))}
-    # named only where they are not the default: the keys of earlier runs stay
-    schedule |= recipe.model_dump(include={"search", "searched_on"}, exclude_defaults=True)
+    schedule |= recipe.model_dump(include=LATER, exclude_defaults=True)
     return {**options, "schedule": schedule}
 
 
@@ -80,7 +81,7 @@ def facts_of(recipe: Recipe, config: Config, data: Data, loaded: Loaded, steps: 
         "counts": Counts(trainable=0, changed=0, stored_bytes=0),
         "model": ModelFacts(id=loaded.base, parameters=sum(map(entries, loaded.model.parameters()))),
         "dtypes": dtypes_of(recipe),
-        "optimizer": "AdamW, linear decay",
+        "optimizer": f"AdamW, {recipe.decay} decay",
         "steps": steps,
         "epochs": steps * recipe.batch_size / per_epoch,
         "batch_size": recipe.batch_size,
