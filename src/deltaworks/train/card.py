@@ -79,10 +79,10 @@ def loading(recipe: Recipe, record: Record, place: str | Path) -> str:
     lines.append("")
     if task in LABELLED:
         lines.append(f"labels = {record.data.labels}")
-    options = ["labels=labels" if task in LABELLED else "labels=None"]
+    options = ["labels=labels"] if task in LABELLED else []
     options += [f'dtype="{recipe.dtype}"'] if recipe.dtype != "float32" else []
     options += [f"quantization={recipe.quantization!r}"] if recipe.quantization else []
-    lines.append(f'model = load_model("{recipe.model}", "{task}", {", ".join(options)}).model')
+    lines.append(f"model = load_model({', '.join([f'{recipe.model!r}', f'{task!r}', *options])}).model")
     lines.append(f'delta = dw.load(model, "{place}")  # or its id on the Hub')
     return "\n".join(lines) + "\n"
 

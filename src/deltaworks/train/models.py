@@ -79,7 +79,7 @@ def load_model(
     source: str | Path,
     task: str,
     *,
-    labels: list[str] | None,
+    labels: list[str] | None = None,
     dtype: str = "float32",
     seed: int = 0,
     image_shape: Sequence[int] | None = None,
