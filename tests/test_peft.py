@@ -87,6 +87,7 @@ CASES: dict[str, tuple[str, Callable[[], Any]]] = {
             alpha_pattern={"v_proj": 3, "layers.0.self_attn.k_proj": 5},
         ),
     ),
+    "lora-wide": ("llama", lora(r=40, lora_alpha=20, use_rslora=True, rank_pattern={"v_proj": 20})),
     "lora-layers": ("llama", lora(layers_to_transform=[1], layers_pattern="layers", exclude_modules=["v_proj"])),
     "lora-pissa": ("llama", lora(init_lora_weights="pissa", lora_alpha=8)),
     "lora-embedding": ("llama", lora(target_modules=["embed_tokens", "lm_head", "q_proj"], task_type=CAUSAL)),

@@ -55,9 +55,8 @@ def export(
             print(f"largest rounding of an output of one layer, for an input of length one: {cost:.2g}")
         else:
             delta.save(out, format=format, rank=rank)
-    for one in said:
-        if issubclass(one.category, ConversionWarning):
-            print(f"lost: {one.message}")
+    for text in dict.fromkeys(str(one.message) for one in said if issubclass(one.category, ConversionWarning)):
+        print(f"lost: {text}")
     print(f"{format}: {out}")
 
 

@@ -20,7 +20,15 @@ from deltaworks.store.files import check_writable, read_json
 from deltaworks.store.foreign import lost
 from deltaworks.store.foreign.peft_config import STARTS, Plan, as_plain, plan, row_of, rows_of, usual_targets
 from deltaworks.store.foreign.peft_matrices import unstacked
-from deltaworks.store.foreign.peft_slots import TOKENS, check_whole, same, slots, without_repeated, without_twins
+from deltaworks.store.foreign.peft_slots import (
+    TOKENS,
+    check_whole,
+    narrowed,
+    same,
+    slots,
+    without_repeated,
+    without_twins,
+)
 from deltaworks.store.foreign.peft_written import made_for_twins, written
 from deltaworks.store.foreign.targets import is_tied, module_names
 from deltaworks.store.foreign.tensors import check_fit, read_tensors, write_json, write_tensors
@@ -87,7 +95,7 @@ def _fill(delta: Delta, path: Path, made: Plan, tensors: dict[str, Any]) -> None
     tensors = unstacked(delta, made.row.prefix, tensors)
     places, stored = list(slots(delta, made.row)), delta.tensors().keys()
     tensors = without_repeated(delta, made.row, tensors, {slot.theirs for slot in places})
-    tensors, copies = without_twins(delta, tensors)
+    tensors, copies = without_twins(delta, narrowed(places, tensors))
     # what is made again, or shared with another slot, may be left out
     needed = [slot for slot in places if slot.theirs in tensors or slot.ours in stored]
     check_fit(path, tensors, {slot.theirs: slot.shape for slot in needed})

@@ -8,8 +8,10 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from deltaworks.core.weights import base_tensors, matrix_of
 from deltaworks.store.foreign import lost
 from deltaworks.store.foreign.peft_types import Field, Name, Shape, Spot, Type, at, reshaped, under
+from deltaworks.store.foreign.targets import patterned
 
 
 def kernel(shape: Shape, spot: Spot) -> Shape:
@@ -21,13 +23,20 @@ def _area(spot: Spot) -> int:
     return int(spot.module.kernel_size[0] * spot.module.kernel_size[1])
 
 
-def _dropout(data: Mapping[str, Any], place: Any, model: Any) -> dict[str, Any]:
-    """DoRA drops inputs out at linear layers alone here."""
+def _lora(data: Mapping[str, Any], place: Any, model: Any) -> dict[str, Any]:
+    """What a place takes of it: no more ranks than its weight has, and for DoRA dropout at linear layers alone."""
+    options: dict[str, Any] = {}
+    rank = patterned(data.get("rank_pattern") or {}, place.path, data.get("r", 8))
+    most = min(matrix_of(place, base_tensors(model.get_submodule(place.path))["weight"]).shape)
+    if rank > most:
+        lost(f"rank {rank} is more than a weight of {most} inputs or outputs has: there {most} make the same changes")
+        alpha = patterned(data.get("alpha_pattern") or {}, place.path, data.get("lora_alpha", 8))
+        options |= {"rank": most, "alpha": alpha * (most / rank) ** (0.5 if data.get("use_rslora") else 1.0)}
     rate = data.get("lora_dropout", 0.0)
-    if not rate or not data.get("use_dora") or place.kind in ("linear", "conv1d"):
-        return {}
-    lost(f"lora_dropout={rate} acts in training alone and is not held for DoRA at {place.path!r}")
-    return {"dropout": 0.0}
+    if rate and data.get("use_dora") and place.kind not in ("linear", "conv1d"):
+        lost(f"lora_dropout={rate} acts in training alone and is not held for DoRA at a {place.kind}")
+        options["dropout"] = 0.0
+    return options
 
 
 LORA = Type(
@@ -55,7 +64,7 @@ LORA = Type(
         "embedding": under(A="lora_embedding_A", B="lora_embedding_B", magnitude="lora_magnitude_vector"),
         "matrix": under(A="lora_A.weight", B="lora_B.weight"),
     },
-    site=_dropout,
+    site=_lora,
     sited=("target_parameters",),
     idle=("qalora_group_size", "megatron_core", "runtime_config", "ensure_weight_tying"),
     unsaid=("ratio",),

@@ -42,8 +42,7 @@ class Slot(NamedTuple):
     def write(self, tensor: Tensor) -> Tensor:
         """Ours as theirs."""
         value = self.name.write(tensor, self.spot)
-        shape = self.name.shape(tuple(value.shape), self.spot)
-        return value.reshape([-1 if size is None else size for size in shape])
+        return value.reshape(_sizes(self._replace(shape=self.name.shape(tuple(value.shape), self.spot))))
 
     def into(self, tensors: dict[str, Tensor], tensor: Tensor) -> None:
         """Put ours, as theirs, among the tensors of their file."""
@@ -85,6 +84,26 @@ def _names(row: Type, item: Attached, adapted: set[str]) -> tuple[Name, ...]:
 
 def _tensors(spot: Spot) -> dict[str, Tensor]:
     return dict(spot.tuner.named_parameters()) | dict(spot.tuner.named_buffers())
+
+
+def narrowed(places: Sequence[Slot], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors with every LoRA of more ranks than its weight has as the same change in as many as it has."""
+    found = dict(tensors)
+    second = {id(slot.spot.tuner): slot for slot in places if slot.name.ours == "B"}
+    for first in places:
+        last = second.get(id(first.spot.tuner))
+        if first.name.ours != "A" or last is None or not {first.theirs, last.theirs} <= found.keys():
+            continue
+        A, B = found[first.theirs].flatten(1), found[last.theirs].flatten(1)
+        if len(A) == B.shape[1] and len(A) > (most := min(len(B), A.shape[1])) == first.shape[0]:
+            product, eye = B @ A, torch.eye(most, dtype=A.dtype)
+            A, B = (product, eye) if most == len(B) else (eye, product)
+            found |= {first.theirs: A.view(*_sizes(first)), last.theirs: B.view(*_sizes(last))}
+    return found
+
+
+def _sizes(slot: Slot) -> list[int]:
+    return [-1 if size is None else size for size in slot.shape]
 
 
 def without_twins(delta: Delta, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
