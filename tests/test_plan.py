@@ -192,7 +192,7 @@ def test_quantized_layers(llama: str) -> None:
         assert found.activation_bytes <= whole.activation_bytes
         assert found.peak_bytes < whole.peak_bytes
     single = plan(llama, dtype="bfloat16", quantize="nf4", double_quantization=False)
-    assert single.weight_bytes > plan(llama, dtype="bfloat16", quantize="nf4").weight_bytes
+    assert whole.weight_bytes - single.weight_bytes == 2 * linear - linear // 2 - 4 * linear // 64 - 14 * 4 * 16
 
 
 def test_gradients_of_a_quantized_base_need_it_whole(llama: str) -> None:
