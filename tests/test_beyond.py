@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from conformance import difference, disturb
 
 import deltaworks as dw
 from deltaworks.core.anatomy import anatomy
+from deltaworks.listing import print_anatomy
 
 # one of each form: factors, a weight (through its own kernel, and formed), a scale of features, around a sub-layer
 METHODS = {
@@ -162,3 +164,29 @@ def test_a_method_lives_its_life(family: str, method: str, tmp_path: Path) -> No
         assert torch.equal(output_of(family, model, inputs), base)
     assert [type(module) for module in model.modules()] == classes
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
+def test_the_command_shows_any_family(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From the configuration alone, also where no task here trains the family."""
+    for family, line in (
+        ("unet", r"attn2 +Attention +cross_attention"),
+        ("siglip", r"vision_model\b.* trunk"),
+        ("sam", r"cross_attn_image_to_token +SamAttention +cross_attention"),
+    ):
+        model = BEYOND[family]()[0]
+        folder = tmp_path / family
+        if family == "unet":
+            model.save_config(folder)
+        else:
+            model.config.architectures = [type(model).__name__]
+            model.config.save_pretrained(folder)
+        print_anatomy(str(folder), None)
+        assert re.search(line, capsys.readouterr().out)
+    (tmp_path / "pipe" / "unet").mkdir(parents=True)
+    (tmp_path / "pipe" / "model_index.json").write_text("{}")
+    (tmp_path / "pipe" / "unet" / "config.json").write_text("{}")
+    with pytest.raises(dw.UserError, match="several models: name one of unet"):
+        print_anatomy(str(tmp_path / "pipe"), None)
+    (tmp_path / "unet" / "config.json").write_text('{"_class_name": "UNet9DModel"}')
+    with pytest.raises(dw.UserError, match="is a UNet9DModel, which the installed diffusers has not"):
+        print_anatomy(str(tmp_path / "unet"), None)

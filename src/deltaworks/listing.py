@@ -71,6 +71,7 @@ def print_anatomy(source: str, task: str | None) -> None:
     from deltaworks.core.anatomy import anatomy
     from deltaworks.train.columns import ROLES
     from deltaworks.train.models import load_model
+    from deltaworks.train.skeleton import skeleton
 
     errors: list[UserError] = []
     for name in [task] if task else list(ROLES):
@@ -81,7 +82,10 @@ def print_anatomy(source: str, task: str | None) -> None:
             continue
         print(anatomy(loaded.model))
         return
-    raise errors[0]
+    bare = None if task else skeleton(Path(source).expanduser())
+    if bare is None:
+        raise errors[0]
+    print(anatomy(bare))
 
 
 def print_adapter(folder: Path) -> None:
