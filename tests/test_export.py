@@ -325,6 +325,10 @@ def test_the_command_converts_both_ways_and_merges(call: Call, tmp_path: Path) -
     assert (status, err) == (0, "")
     assert "lost: rank 4 holds all but" in out
     assert out.endswith(f"peft: {tmp_path / 'peft'}\n")
+    status, out, _ = call("info", tmp_path / "peft")
+    assert status == 0
+    assert "LORA of peft, r=4, lora_alpha=4.0" in out
+    assert "6 tensors, 644 values" in out
     status, out, _ = call("export", tmp_path / "peft", "--format", "deltaworks", "--out", tmp_path / "back", *words)
     assert status == 0
     assert "lost" not in out

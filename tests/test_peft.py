@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from zoo import ZOO, output_of
 
 import deltaworks as dw
+from deltaworks.store.foreign import ConversionWarning
 
 peft = pytest.importorskip("peft")
 
@@ -145,6 +146,10 @@ CASES: dict[str, tuple[str, Callable[[], Any]]] = {
 }
 
 
+SAID = ("lora-wide",)
+"""Cases that a conversion has something to say of."""
+
+
 def agree(one: Tensor, other: Tensor) -> None:
     scale = float(one.abs().max())
     assert float((one - other).abs().max()) <= TOLERANCE * max(scale, 1.0)
@@ -161,10 +166,11 @@ def test_outputs_are_pefts_both_ways(case: str, tmp_path: Path) -> None:
     assert float((wanted - logits(name, model, inputs)).abs().max()) > 1e-2  # the adapter does something
 
     ours = copy.deepcopy(model)
-    delta = dw.load(ours, tmp_path / "theirs")
-    agree(wanted, logits(name, ours, inputs))
-
-    delta.save(tmp_path / "ours", format="peft")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore" if case in SAID else "error", ConversionWarning)
+        delta = dw.load(ours, tmp_path / "theirs")
+        agree(wanted, logits(name, ours, inputs))
+        delta.save(tmp_path / "ours", format="peft")
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         again = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "ours").eval()

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from deltaworks.core.abilities import Ability, abilities
 from deltaworks.core.errors import UserError
@@ -91,22 +92,27 @@ def print_anatomy(source: str, task: str | None) -> None:
 def print_adapter(folder: Path) -> None:
     """Method, sizes and origin of a saved adapter, and its scores where its record lies beside it."""
     from deltaworks.compare.wording import show_bytes, show_count
-    from deltaworks.store.checkpoint import read_manifest, read_tensors
+    from deltaworks.store.checkpoint import MANIFEST, read_manifest, read_tensors
+    from deltaworks.store.foreign import peft
+    from deltaworks.store.foreign import tensors as files
     from deltaworks.store.records import read_record
 
-    manifest = read_manifest(folder)
-    tensors = read_tensors(folder, manifest)
+    if not (folder / MANIFEST).is_file() and peft.recognises(folder):
+        manifest: dict[str, Any] = {}
+        lines, tensors = peft.described(folder), files.read_tensors(folder / peft.WEIGHTS)
+    else:
+        manifest = read_manifest(folder)
+        base, tensors = manifest["base"], read_tensors(folder, manifest)
+        lines = {
+            "adapter": f"{manifest.get('name')}: {from_data(manifest['methods'])}",
+            "also trained": ", ".join(manifest["also"]) or "nothing",
+            "base": f"{base.get('class')} with {show_count(base.get('parameters', 0))} parameters",
+            "seed": str(manifest["seed"]),
+        }
     values = sum(tensor.numel() for tensor in tensors.values())
     size = sum(path.stat().st_size for path in folder.glob("adapter*"))
     kinds = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values())
-    base = manifest["base"]
-    lines = {
-        "adapter": f"{manifest.get('name')}: {from_data(manifest['methods'])}",
-        "also trained": ", ".join(manifest["also"]) or "nothing",
-        "base": f"{base.get('class')} with {show_count(base.get('parameters', 0))} parameters",
-        "stored": f"{len(tensors)} tensors, {show_count(values)} values ({', '.join(kinds)}), {show_bytes(size)}",
-        "seed": str(manifest["seed"]),
-    }
+    lines["stored"] = f"{len(tensors)} tensors, {show_count(values)} values ({', '.join(kinds)}), {show_bytes(size)}"
     if manifest.get("training"):
         lines["state"] = "a checkpoint in the middle of training"
     if (folder / "record.json").is_file():

@@ -64,15 +64,34 @@ def translated(model: nn.Module, spec: Any, seed: int) -> tuple[Config, list[str
 
 def read(model: nn.Module, folder: Path, name: str) -> Delta:
     """Attach a checkpoint of peft. Raises UserError that lists what is missing, extra or misshapen."""
-    data = read_json(folder / CONFIG)
-    if not isinstance(data, dict) or "peft_type" not in data:
-        raise UserError(f"{str(folder / CONFIG)!r} does not name a peft_type: it is no configuration of peft")
+    data = _configuration(folder)
     if not (folder / WEIGHTS).is_file() and (folder / PICKLED).is_file():
         raise UserError(
             f"{str(folder / PICKLED)!r} is a pickle, which can run any code and is not read here: load it with peft "
             "and save it again, as safetensors"
         )
     return attached(model, data, read_tensors(folder / WEIGHTS), folder / WEIGHTS, name)
+
+
+def _configuration(folder: Path) -> dict[str, Any]:
+    data = read_json(folder / CONFIG)
+    if not isinstance(data, dict) or "peft_type" not in data:
+        raise UserError(f"{str(folder / CONFIG)!r} does not name a peft_type: it is no configuration of peft")
+    return data
+
+
+def described(folder: Path) -> dict[str, str]:
+    """What a checkpoint says of itself, without a model. Raises UserError where it is none."""
+    data = _configuration(folder)
+    row = row_of(data)
+    options = {own.theirs: data[own.theirs] for own in row.fields if data.get(own.theirs, own.default) != own.default}
+    chosen = data.get("target_modules") or "the model"
+    return {
+        "adapter": f"{row.peft} of peft" + "".join(f", {key}={value}" for key, value in options.items()),
+        "targets": chosen if isinstance(chosen, str) else ", ".join(chosen),
+        "also trained": ", ".join(data.get("modules_to_save") or []) or "nothing",
+        "base": str(data.get("base_model_name_or_path") or "not said"),
+    }
 
 
 def attached(model: nn.Module, data: Mapping[str, Any], tensors: dict[str, Any], path: Path, name: str) -> Delta:
