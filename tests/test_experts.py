@@ -63,28 +63,53 @@ def logits(model: Any) -> Tensor:
 
 def tuned(name: str, method: str = "lora", **options: Any) -> tuple[Any, dw.Delta]:
     model = build(name)
-    delta = dw.attach(model, method, **{"targets": "experts", "rank": 2} | options)
+    delta = dw.attach(model, method, **{"targets": "experts"} | ({"rank": 2} if method == "lora" else {}) | options)
     disturb(delta)
     return model, delta
 
 
+@pytest.mark.parametrize("method", ["lora", "oft"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_each_expert_computes_with_its_own_changed_matrix(name: str) -> None:
-    model, delta = tuned(name)
+def test_each_expert_computes_with_its_own_changed_matrix(name: str, method: str) -> None:
+    model, delta = tuned(name, method, **({} if method == "lora" else {"block": 8}))
     plain = build(name).double()
     turned = name == "gpt-oss"
     with torch.no_grad():
         for item in delta.attached:
-            tuner: Any = item.tuner
-            change = tuner.B.double() @ tuner.A.double()
-            weights = plain.get_submodule(item.place.path)._parameters[item.place.parameter]
-            weights[item.place.expert] += change.T if turned else change
+            weight = plain.get_submodule(item.place.path)._parameters[item.place.parameter][item.place.expert]
+            changed = item.tuner.double().weight(weight.T.clone() if turned else weight.clone())
+            weight.copy_(changed.T if turned else changed)
+            item.tuner.float()
     moved = logits(model)
     assert difference(moved, logits(plain)) < 1e-5
     assert difference(moved, logits(build(name))) > 0.05
     for implementation in ("batched_mm", "grouped_mm"):
         model.set_experts_implementation(implementation)
         assert difference(logits(model), moved) < 1e-5
+
+
+def test_products_leave_nothing_of_the_size_of_the_experts() -> None:
+    """Neither a copy of the weights is kept for the backward pass, nor is their gradient made there."""
+    model, delta = tuned("mixtral", targets="mlp.experts.up,mlp.experts.down")
+    disturb(dw.attach(model, "lora", rank=3, targets="experts", name="two"), seed=2)
+    dw.switch(model, ["default", "two"])
+    moved = logits(model)
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: list[int] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept.append(0 if storage.data_ptr() in own else storage.nbytes())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model(**INPUTS).loss
+    loss.backward()
+    assert max(kept) < 4 * EXPERTS * WIDTH * HIDDEN
+    assert all(parameter.grad is not None for parameter in delta.parameters())
+    experts = model.model.layers[0].mlp.experts
+    del experts.has_bias  # no class of experts that is known: through the effective weight
+    assert difference(logits(model), moved) < 1e-5
 
 
 def test_names_and_counts() -> None:

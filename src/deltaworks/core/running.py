@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from deltaworks.core import experts
 from deltaworks.core.errors import UserError
 from deltaworks.core.layers import at_strength
 from deltaworks.core.quantized import compute_dtype, is_quantized
@@ -60,6 +61,8 @@ def run_weights(module: Any, run: Callable[..., Any], tuners: list[Any], args: t
         def weighted(x: Any) -> Tensor:
             if is_quantized(module) and heavy[0].place.kind == "linear":
                 return run_dense(module, heavy, x)
+            if experts.can_run(module, heavy, (x, *operation.rest), operation.kwargs):
+                return experts.run(module, heavy, x, *operation.rest)
             module._effective = effective(heavy, base_tensors(module))
             try:
                 return operation(x)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -122,25 +123,44 @@ def is_expert_product(tuner: Any) -> bool:
 
 
 def with_products(tuners: list[Any], tensors: dict[str, Any]) -> dict[str, Any]:
-    """The same where every tuner is a product: one batched product for all experts that share a shape."""
+    """The same where every tuner is a product: one batched product for each parameter."""
+    changed = dict(tensors)
+    for name, (A, B, turned) in expert_factors(tuners, tensors).items():
+        change = torch.bmm(B, A).to(changed[name].dtype)  # [experts, out, in]
+        changed[name] = changed[name] + (change.mT if turned else change)
+    return changed
+
+
+def expert_factors(tuners: Sequence[Any], tensors: Mapping[str, Any]) -> dict[str, tuple[Tensor, Tensor, bool]]:
+    """A [experts, r, in] and B [experts, out, r] of each parameter, and whether it is stored as [in, out].
+
+    The products of several tuners of one matrix stand side by side; of an expert without a tuner they are zero.
+    """
     batches: dict[Hashable, list[tuple[Place, Factors]]] = {}
+    met: Counter[Place] = Counter()
     for tuner in tuners:
         place, factors = tuner.place, tuner.factors()
-        key = (place.parameter, place.part, factors.A.shape, factors.B.shape)
+        key = (place.parameter, place.part, factors.A.shape, factors.B.shape, met[place])
         batches.setdefault(key, []).append((place, factors))
-    changed = dict(tensors)
+        met[place] += 1
+    beside: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    turned = {tuner.place.parameter: tuner.place.turned for tuner in tuners}
     for members in batches.values():
         place = members[0][0]
-        held = changed[place.parameter]
-        experts = torch.tensor([place.expert for place, _ in members], device=held.device)
+        held = tensors[place.parameter]
         A = torch.stack([factors.A for _, factors in members])
         B = torch.stack([factors.B * factors.scale for _, factors in members])
-        change = torch.bmm(B, A).to(held.dtype)  # [experts, out, in]
         if place.part is not None:
             start, stop = place.part
-            change = F.pad(change, (0, 0, start, held.shape[2 if place.turned else 1] - stop))
-        changed[place.parameter] = held.index_add(0, experts, change.mT if place.turned else change)
-    return changed
+            B = F.pad(B, (0, 0, start, held.shape[2 if place.turned else 1] - stop))
+        if len(members) < len(held):
+            experts = torch.tensor([place.expert for place, _ in members], device=held.device)
+            A, B = (side.new_zeros(len(held), *side.shape[1:]).index_copy(0, experts, side) for side in (A, B))
+        beside.setdefault(place.parameter, []).append((A, B))
+    return {
+        name: (torch.cat([A for A, _ in pairs], dim=1), torch.cat([B for _, B in pairs], dim=2), turned[name])
+        for name, pairs in beside.items()
+    }
 
 
 def low_rank(module: Any, place: Place, factors: Factors, x: Tensor) -> Tensor:
