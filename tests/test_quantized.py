@@ -433,3 +433,58 @@ def test_a_plan_keeps_what_the_loaded_model_keeps(folder: Path, method: str) -> 
     batch = {"input_ids": IDS.expand(2, -1), "attention_mask": torch.ones(2, 12, dtype=torch.long)}
     saved = step_memory(model, lambda: model(**batch, labels=batch["input_ids"]).loss).saved
     assert found.activation_bytes == pytest.approx(saved, rel=0.02)
+
+
+def test_hooks_of_accelerate_stand_behind_the_tuners() -> None:
+    """A model on several devices has them on every layer, in place of its forward."""
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    model, inputs = small("nf4")
+    plain = zoo.output_of("llama", model, inputs)
+    expected = {}
+    for hooked in (False, True):
+        if hooked:
+            for module in model.modules():
+                if isinstance(module, nn.Linear):
+                    add_hook_to_module(module, AlignDevicesHook(execution_device="cpu"))
+        forwards = [module.__dict__.get("forward") for module in model.modules()]
+        for method in ("lora[rank=2]", "hra[rank=2]"):
+            delta = dw.attach(model, method)
+            disturb(delta)
+            out = zoo.output_of("llama", model, inputs)
+            assert difference(out, expected.setdefault(method, out)) == 0
+            assert difference(out, plain) > 1e-3
+            delta.detach()
+        assert [module.__dict__.get("forward") for module in model.modules()] == forwards
+        assert torch.equal(zoo.output_of("llama", model, inputs), plain)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["nf4", "int8wo"])
+@pytest.mark.parametrize("method", ["lora[rank=2]", "hra[rank=2]"])
+def test_compiles_as_one_graph(method: str, form: str) -> None:
+    model, inputs = small(form)
+    disturb(dw.attach(model, method))
+    expected = zoo.output_of("llama", model, inputs)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert difference(zoo.output_of("llama", compiled, inputs), expected) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
+def test_a_recipe_tunes_and_merges(tmp_path: Path, form: str) -> None:
+    from deltaworks.train.recipe import parse_recipe
+    from deltaworks.train.tune import merge, tune
+
+    settings = {
+        "model": "tiny-lm", "data": "stdlib-text", "method": "lora[rank=4]", "quantize": form, "limit": 16,
+        "test_limit": 4, "steps": 2, "batch_size": 4, "max_length": 32, "forgetting": "none", "ranks": False,
+    }  # fmt: skip
+    record = tune(parse_recipe(settings | {"out": str(tmp_path / "run")}))
+    assert record.dtypes["base"] == form
+    assert record.model.parameters == 5_999_872
+    assert record.peak_memory_bytes is not None
+    assert merge(tmp_path / "run", tmp_path / "merged") < (2.0 if form == "int8" else 1e-3)
+    again = load_model(tmp_path / "merged", "causal", labels=None).model
+    assert not any(map(is_quantized, again.modules()))

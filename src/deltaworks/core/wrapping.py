@@ -70,7 +70,7 @@ def wrapped_class(cls: Any, names: tuple[str, ...], attends: bool) -> type[nn.Mo
 
     @functools.wraps(cls.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return forward_wrapped(self, functools.partial(cls.forward, self), args, kwargs)
+        return forward_wrapped(self, self._own_forward or functools.partial(cls.forward, self), args, kwargs)
 
     def shown(name: str) -> property:
         def get(self: Any) -> Any:
@@ -135,6 +135,8 @@ def wrap(module: Any, board: Board) -> None:
         "_argument_names": tuple(name for name in names if name != "self"),
         "_effective": None,
         "_repacks": steady(module),
+        # accelerate's hooks, of a model that lies on several devices, replace it on the module itself
+        "_own_forward": module.__dict__.pop("forward", None),
     }
     if attends:
         state |= {"_attending": None, "_config_view": ConfigView(module.config)}
@@ -158,6 +160,8 @@ def unwrap(module: Any) -> None:
         return
     if module._repacks:
         module.support_avx512bf16_for_cpu = True
+    if module._own_forward is not None:
+        module.__dict__["forward"] = module._own_forward
     module.__class__ = module._plain_class
     del module._modules["deltas"]
     for name in (*STATE, "_attending", "_config_view", "_entry_tap"):
@@ -178,4 +182,5 @@ STATE = (
     "_argument_names",
     "_effective",
     "_repacks",
+    "_own_forward",
 )
