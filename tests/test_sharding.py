@@ -5,7 +5,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +19,8 @@ from zoo import ZOO
 
 import deltaworks as dw
 from deltaworks.core.errors import UserError
-from deltaworks.core.sharding import is_sharded, whole
+from deltaworks.core.sharding import is_sharded, size_of, whole
+from deltaworks.store.checkpoint import resume
 from deltaworks.train.devices import Team
 from deltaworks.train.sharding import keep_whole, needs_whole
 
@@ -42,6 +45,8 @@ TRAINER = {
     "trainer-masks": {"method": "fish[keep=0.05]"},
     "trainer-rest": {"method": "lisa[layers=1]"},
 }
+
+ZERO = ("factors", "weight", "around")
 
 
 def model_of(dtype: str = "float32") -> nn.Module:
@@ -147,6 +152,48 @@ def sharder(case: dict[str, Any]) -> Any:
     return Accelerator(fsdp_plugin=plugin, mixed_precision=case.get("mixed", "no"))
 
 
+def by_deepspeed(case: dict[str, Any]) -> tuple[list[float], dw.Delta]:
+    """The hand-written loop with DeepSpeed's engine: ZeRO-3, with every tensor in pieces, however small."""
+    import deepspeed
+    from deepspeed.comm import torch as communication
+
+    communication.build_shm_op = lambda: None  # compiles for minutes
+    deepspeed.init_distributed("gloo")
+    settings = {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_clipping": CLIP,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    }
+    delta, losses = attached(case), []
+    optimizer = torch.optim.AdamW(delta.parameter_groups(1e-2))
+    engine, *_ = deepspeed.initialize(model=delta.model, optimizer=optimizer, config=settings)
+    team = Team(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
+    for batch in rows().split(4):
+        loss = loss_of(engine, batch[team.rank :: team.size])
+        losses.append(team.sum(float(loss.detach())) / team.size)
+        engine.backward(loss)
+        engine.step()
+    return losses, delta
+
+
+def in_zero3(folder: Path) -> None:
+    """In each of the processes: what ZeRO-3 gives and holds, and the adapter that is saved."""
+    found = {}
+    for name in ZERO:
+        losses, delta = by_deepspeed(HAND[name])
+        base: list[Any] = [p for p in delta.model.parameters() if not p.requires_grad]
+        delta.save(folder / name)
+        found[name] = {
+            "losses": losses,
+            "sharded": is_sharded(delta),
+            "gathered": sum(p.numel() for p in base),
+            "held": sum(p.ds_tensor.numel() for p in base),
+            "base": sum(map(size_of, base)),
+        }
+    (folder / f"found-{dist.get_rank()}.json").write_text(json.dumps(found))
+
+
 def main(folder: Path) -> None:
     """In each of the processes: every case, what it gave as JSON and what it saved as adapters."""
     pretend_gpus()
@@ -179,12 +226,7 @@ def main(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def shared_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sharded")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
-    done = subprocess.run(
-        [*command, str(folder)], cwd=HERE, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-        timeout=900,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-5000:]
+    launch(str(folder))
     return folder
 
 
@@ -233,6 +275,71 @@ def test_the_trainer_gives_the_run_of_one_process(shared_run: Path, tmp_path: Pa
     assert sum(sizes.values()) <= sum(parameter.numel() for parameter in alone.delta.parameters())
 
 
+@pytest.mark.slow
+def test_zero3_gives_the_run_of_one_process(tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    launch(str(tmp_path), "zero3")
+    for name in ZERO:
+        found, other = (json.loads((tmp_path / f"found-{rank}.json").read_text())[name] for rank in (0, 1))
+        losses, delta = by_hand(HAND[name])
+        assert found["losses"] == other["losses"] == pytest.approx(losses, abs=2e-6)
+        assert found["sharded"]
+        assert found["gathered"] == 0  # saving has gathered nothing of the base
+        assert found["held"] + other["held"] == found["base"]
+        expected = values_of(delta)
+        for key, value in values_of(dw.load(model_of(), tmp_path / name)).items():
+            torch.testing.assert_close(value, expected[key], rtol=1e-3, atol=2e-4)
+
+
+class Partition:
+    """Stands for DeepSpeed: ``GatheredParameters`` gives each parameter its values, and takes them again."""
+
+    def __init__(self, parameters: list[Any]) -> None:
+        self.asked: list[tuple[int, Any]] = []
+        for parameter in parameters:
+            parameter.full, parameter.ds_numel = parameter.data, parameter.numel()
+            self._empty(parameter)
+
+    def _empty(self, parameter: Any) -> None:
+        parameter.data, parameter.ds_status = torch.empty(0), SimpleNamespace(name="NOT_AVAILABLE")
+
+    @contextlib.contextmanager
+    def gathered(self, parameters: list[Any], modifier_rank: int | None = None) -> Iterator[None]:
+        self.asked += [(id(parameter), modifier_rank) for parameter in parameters]
+        for parameter in parameters:
+            parameter.data, parameter.ds_status = parameter.full.clone(), SimpleNamespace(name="AVAILABLE")
+        yield
+        for parameter in parameters:
+            if modifier_rank is not None:
+                parameter.full = parameter.data
+            self._empty(parameter)
+
+
+def test_of_a_partitioned_model_the_adapter_alone_is_gathered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    delta = dw.attach(model_of(), "lora[rank=2]", seed=1)
+    expected = values_of(delta)
+    partition = Partition(list(delta.model.parameters()))
+    zero = SimpleNamespace(GatheredParameters=partition.gathered)
+    monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(zero=zero))
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "barrier", lambda: None)
+    delta.save(tmp_path / "first", training=True)
+    own = {id(parameter) for parameter in delta.parameters()}
+    assert {key for key, _ in partition.asked} == own
+    assert {rank for _, rank in partition.asked} == {None}
+    for key, value in values_of(dw.load(model_of(), tmp_path / "first")).items():
+        assert torch.equal(value, expected[key])
+    for parameter in delta.parameters():
+        parameter.full = torch.zeros_like(parameter.full)  # type: ignore[attr-defined]
+    resume(delta, tmp_path / "first")
+    with whole(delta):
+        assert all(torch.equal(value, expected[key]) for key, value in values_of(delta).items())
+    assert all(parameter.numel() == 0 for parameter in delta.model.parameters())
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    delta.save(tmp_path / "second")
+    assert not (tmp_path / "second").exists()
+
+
 def test_what_stays_whole() -> None:
     """What decides over time, and what is one tensor for several blocks."""
     whole_ones = {
@@ -270,5 +377,15 @@ def test_refusals() -> None:
         keep_whole(dw.attach(ZOO["bert"]()[0], "sara"), Plugin())
 
 
+def launch(*arguments: str) -> None:
+    """This file in two processes of one thread each."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(
+        [*command, *arguments], cwd=HERE, env=environment, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    (in_zero3 if sys.argv[2:] == ["zero3"] else main)(Path(sys.argv[1]))

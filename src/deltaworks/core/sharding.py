@@ -29,8 +29,9 @@ def is_dtensor(tensor: Any) -> bool:
 
 
 def is_partitioned(tensor: Any) -> bool:
-    """Whether DeepSpeed ZeRO-3 holds this parameter in pieces; between the passes it is empty then."""
-    return hasattr(tensor, "ds_id")
+    """Whether DeepSpeed ZeRO-3 holds this parameter in pieces now; it is empty then."""
+    status = getattr(tensor, "ds_status", None)
+    return status is not None and status.name == "NOT_AVAILABLE"
 
 
 def is_sharded(delta: Delta) -> bool:

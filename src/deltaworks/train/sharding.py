@@ -11,7 +11,15 @@ from typing import Any
 
 from deltaworks.core.delta import Delta
 from deltaworks.core.errors import UserError
-from deltaworks.core.procedure import Procedures
+from deltaworks.core.procedure import Procedure, Procedures
+
+
+def decides(delta: Delta) -> bool:
+    """Whether its procedure acts between the passes, rather than before the training alone."""
+    procedure = delta.procedure
+    members = procedure.members if isinstance(procedure, Procedures) else [procedure]
+    hooks = ("loss", "gradients", "stepped", "end")
+    return any(getattr(type(member), hook) is not getattr(Procedure, hook) for member in members for hook in hooks)
 
 
 def needs_whole(delta: Delta) -> bool:
@@ -20,8 +28,7 @@ def needs_whole(delta: Delta) -> bool:
     for item in delta.attached:
         for parameter in item.tuner.parameters():
             owners.setdefault(id(parameter), set()).add(item.place.path)
-    decides = not (isinstance(delta.procedure, Procedures) and not delta.procedure.members)
-    return decides or any(len(paths) > 1 for paths in owners.values())
+    return decides(delta) or any(len(paths) > 1 for paths in owners.values())
 
 
 def keep_whole(delta: Delta, plugin: Any) -> None:

@@ -31,7 +31,7 @@ from deltaworks.store.checkpoint import resume
 from deltaworks.train.devices import Team
 from deltaworks.train.progress import show_bars
 from deltaworks.train.reference import Reference
-from deltaworks.train.sharding import keep_whole, needs_whole
+from deltaworks.train.sharding import decides, keep_whole, needs_whole
 
 if TYPE_CHECKING:
     Base = Trainer
@@ -66,6 +66,8 @@ class DeltaTrainerMixin(Base):
             raise UserError("sync_ref_model updates a second model: pass it as ref_model=, or leave sync_ref_model out")
         if self.is_fsdp_enabled:
             self._prepare_sharding()
+        if self.is_deepspeed_enabled and decides(delta):
+            raise UserError(f"{delta.config} acts on gradients, which DeepSpeed keeps to itself: train it with FSDP2")
         self.add_callback(_Clock(self))
         show_bars(self)
         kind: Any = self.args.gradient_checkpointing_kwargs or {}
