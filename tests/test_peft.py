@@ -139,6 +139,10 @@ CASES: dict[str, tuple[str, Callable[[], Any]]] = {
     "prompt-absolute": ("gpt2", prompt(CAUSAL)),
     "prompt-classifier": ("bert", prompt(CLASSES)),
     "prompt-t5": ("t5", prompt("SEQ_2_SEQ_LM")),
+    "p-tuning": (
+        "llama",
+        lambda: peft.PromptEncoderConfig(task_type=CAUSAL, num_virtual_tokens=3, encoder_hidden_size=16),
+    ),
     "prefix": ("llama", prefix()),
     "prefix-absolute": ("gpt2", prefix()),
     "prefix-projected": ("qwen2", prefix(prefix_projection=True, encoder_hidden_size=16)),

@@ -51,6 +51,8 @@ def translated(model: nn.Module, spec: Any, seed: int) -> tuple[Config, list[str
     """What to attach for a configuration of theirs: configuration, ``also``, seed, ``tied``. Raises UserError."""
     data = as_plain(spec)
     row = row_of(data)
+    if row.made:
+        raise UserError(f"peft's {row.peft} is no method here: only what it has made can be loaded, as {row.method}")
     start = next((data[name] for name in STARTS if name in data), True)
     if start == "gaussian":
         lost("init_lora_weights='gaussian': here A starts uniform, as nn.Linear does")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -208,6 +209,18 @@ PROMPT_TUNING = Type(
     holds=lambda tuner: tuner.position == 0,
     starts=(True,),
     whole=True,
+)  # fmt: skip
+
+
+P_TUNING = replace(
+    PROMPT_TUNING,
+    peft="P_TUNING",
+    idle=(
+        *PROMPT_TUNING.idle, "encoder_reparameterization_type", "encoder_hidden_size", "encoder_num_layers",
+        "encoder_dropout",
+    ),
+    holds=lambda tuner: False,
+    made=True,
 )  # fmt: skip
 
 

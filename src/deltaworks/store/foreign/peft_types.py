@@ -76,6 +76,7 @@ class Type:
         holds: whether the type can say a tuner of ours.
         starts: the values of their field for the start under which ours starts as theirs does.
         whole: it stands around the model, so it has no ``target_modules``.
+        made: only what the method has made is stored, which another method of ours holds; it cannot be attached afresh.
     """
 
     peft: str
@@ -95,6 +96,7 @@ class Type:
     holds: Callable[[Any], bool] = lambda tuner: True
     starts: tuple[Any, ...] = (True,)
     whole: bool = False
+    made: bool = False
 
     @property
     def prefix(self) -> str:
