@@ -18,11 +18,12 @@ def test_the_table_of_methods_is_the_registry() -> None:
     assert shown == markdown(abilities()), "write it again: deltaworks methods --markdown"
 
 
-def test_the_python_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    exec(compile(block, "README.md", "exec"), {})
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    exec(compile("".join(blocks), "README.md", "exec"), {})
     assert (tmp_path / "out" / "support" / "adapter.json").is_file()
+    assert (tmp_path / "out" / "peft" / "adapter_config.json").is_file()
 
 
 def test_every_command_line_names_a_command_and_its_options() -> None:
