@@ -81,7 +81,7 @@ def by_hand(case: dict[str, Any], accelerator: Any = None, team: Team | None = N
     """A loop as accelerate's users write it: losses of the whole batches of four rows, and the adapter."""
     team = team or Team()
     delta = attached(case)
-    model, loose = delta.model, accelerator is not None and needs_whole(delta)
+    model, loose = delta.model, team.size > 1 and needs_whole(delta)
     delta.procedure.begin(dw.Run(STEPS, rows().split(4), loss_of, rows().split(1)))
     if loose:
         keep_whole(delta, accelerator.state.fsdp_plugin)
@@ -254,6 +254,17 @@ def test_a_loop_with_accelerate_gives_the_run_of_one_process(shared_run: Path, n
         torch.testing.assert_close(value, expected[key], rtol=1e-2 if half else 1e-3, atol=2e-2 if half else 2e-4)
 
 
+@pytest.mark.parametrize("name", ["factors", "budget"])
+def test_a_loop_with_accelerate_in_one_process_is_a_plain_loop(name: str) -> None:
+    from accelerate import Accelerator
+
+    losses, delta = by_hand(HAND[name])
+    found, other = by_hand(HAND[name], Accelerator(cpu=True))
+    assert found == losses
+    for key, value in values_of(other).items():
+        assert torch.equal(value, values_of(delta)[key])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TRAINER)
 def test_the_trainer_gives_the_run_of_one_process(shared_run: Path, tmp_path: Path, name: str) -> None:
@@ -375,6 +386,22 @@ def test_refusals() -> None:
     assert plugin.ignored_modules == delta.tuners()
     with pytest.raises(UserError, match="cannot be trained while FSDP2 shards the base: its nuclear norm"):
         keep_whole(dw.attach(ZOO["bert"]()[0], "sara"), Plugin())
+
+
+@pytest.mark.slow
+def test_the_example_runs_and_its_configurations_are_read(tmp_path: Path) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+    from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
+
+    folder = HERE.parent / "examples" / "sharded"
+    out = tmp_path / "out"
+    command = [sys.executable, str(folder / "train.py"), "--steps", "2", "--out", str(out)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert {path.name.split("-")[0] for path in out.iterdir()} >= {"adapter.json", "adapter"}
+    assert load_config_from_file(str(folder / "fsdp2.yaml")).fsdp_config["fsdp_version"] == 2
+    pytest.importorskip("deepspeed")
+    assert HfTrainerDeepSpeedConfig(str(folder / "zero3.json")).is_zero3()
 
 
 def launch(*arguments: str) -> None:

@@ -194,6 +194,18 @@ def test_bfloat16_keeps_float32_masters_and_learns(tmp_path: Path, method: str) 
     assert sum(losses[-5:]) < sum(losses[:5])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_base_in_half_precision_trains_float32_masters(tmp_path: Path, dtype: torch.dtype) -> None:
+    model, _ = ZOO["bert"]()
+    delta = dw.attach(model.to(dtype), "lora[rank=2]", also=["head"], seed=3)
+    trainer = dw.DeltaTrainer(delta, arguments(tmp_path, max_steps=20), train_dataset=examples())
+    trainer.train()
+    assert {parameter.dtype for parameter in delta.parameters()} == {torch.float32}
+    assert {p.dtype for p in model.parameters() if not p.requires_grad} == {dtype}
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert sum(losses[-5:]) < sum(losses[:5])
+
+
 def test_groups_follow_the_method(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, "lora[rank=2, ratio=16]")
     optimizer = trainer.create_optimizer()
