@@ -110,7 +110,7 @@ def test_neither_the_input_nor_a_plain_weight_is_kept(form: str) -> None:
         delta.detach()
     assert kept[1] - kept[0] < 4 * 4 * 2048 + 4 * 2 * 2048, "outputs and B may be kept, and no weight"
     model = nn.Sequential(layer(form, 2048, 512)[1])
-    dw.attach(model, "hra[rank=2]", targets="0")
+    dw.attach(model, "hut[rank=2]", targets="0")
     model.train()
     x = torch.randn(4, 512, requires_grad=True)
     assert step_memory(model, lambda: model(x).sum()).saved < 2048 * 512, "a weight of float32 is four times that"
@@ -154,7 +154,7 @@ def test_a_layer_of_any_library_is_one() -> None:
     model = nn.Sequential(nn.Linear(6, 12), Packed(plain.weight.data, plain.bias.data), nn.Linear(8, 3))
     dense = model[1].qweight * model[1].scales  # type: ignore[operator]
     x = torch.randn(5, 6)
-    for method in ("lora[rank=2]", "hra[rank=2]"):
+    for method in ("lora[rank=2]", "hut[rank=2]"):
         delta = dw.attach(model, method, targets="0,1")
         disturb(delta)
         out = model(x)
@@ -422,7 +422,7 @@ def test_a_plan_has_the_bytes_of_the_loaded_model(folder: Path, form: str) -> No
         assert found.parameters == sum(map(entries, model.parameters()))
 
 
-@pytest.mark.parametrize("method", ["lora[rank=2]", "hra[rank=2]"])
+@pytest.mark.parametrize("method", ["lora[rank=2]", "hut[rank=2]"])
 def test_a_plan_keeps_what_the_loaded_model_keeps(folder: Path, method: str) -> None:
     """Saved activations: products of form 1 keep their input, those of form 2 are made again."""
     from deltaworks.advise.estimate import estimate
@@ -448,7 +448,7 @@ def test_hooks_of_accelerate_stand_behind_the_tuners() -> None:
                 if isinstance(module, nn.Linear):
                     add_hook_to_module(module, AlignDevicesHook(execution_device="cpu"))
         forwards = [module.__dict__.get("forward") for module in model.modules()]
-        for method in ("lora[rank=2]", "hra[rank=2]"):
+        for method in ("lora[rank=2]", "hut[rank=2]"):
             delta = dw.attach(model, method)
             disturb(delta)
             out = zoo.output_of("llama", model, inputs)
@@ -461,7 +461,7 @@ def test_hooks_of_accelerate_stand_behind_the_tuners() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["nf4", "int8wo"])
-@pytest.mark.parametrize("method", ["lora[rank=2]", "hra[rank=2]"])
+@pytest.mark.parametrize("method", ["lora[rank=2]", "hut[rank=2]"])
 def test_compiles_as_one_graph(method: str, form: str) -> None:
     model, inputs = small(form)
     disturb(dw.attach(model, method))
