@@ -110,6 +110,7 @@ def estimate(
         from deltaworks.train.stage import checkpointed
 
         checkpointed(body.model)
+        body.model.config.use_cache = False  # type: ignore[union-attr]  # blocks that are computed again fill none
     if quantize is not None:
         quantize_body(body, quantize, double_quantization)
     parameters = sum(map(entries, body.model.parameters()))
