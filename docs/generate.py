@@ -243,7 +243,7 @@ def formats_page() -> str:
 
 
 def type_row(row: Type) -> tuple[str, ...]:
-    says = "".join(f", `{key}={value!r}`" for key, value in row.says.items())
+    says = "".join(f", `{key}={value!r}`" for key, value in row.says.items()) + (", read alone" if row.made else "")
     fields = ", ".join(f"`{each.theirs}`: `{each.ours}`" for each in row.fields)
     family = Path(page_of(registry()[row.method].family)).name
     link = f"[`{row.method}`](../methods/{family}#{row.method})"

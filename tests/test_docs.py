@@ -146,6 +146,14 @@ def test_every_format_and_type_of_peft_is_in_the_reference(generate: ModuleType)
     )
 
 
+def test_the_types_of_peft_that_the_page_names_are_those_that_are_held() -> None:
+    from deltaworks.store.foreign.peft_table import TYPES
+
+    page = (DOCS / "coming-from-peft.md").read_text(encoding="utf-8")
+    told = page.partition("The types that are read")[2].partition("[The")[0]
+    assert set(re.findall(r"\b[A-Z0-9_]{3,}\b", told)) == {each.peft for each in TYPES}
+
+
 @pytest.mark.slow
 def test_the_site_builds_strictly_and_loads_nothing_from_a_network(tmp_path: Path) -> None:
     from mkdocs.commands.build import build

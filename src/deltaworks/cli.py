@@ -194,7 +194,7 @@ def advise(
 
 
 @command("deltaworks info runs/lora")
-def info(adapter: Annotated[str, typer.Argument(help="a folder that deltaworks wrote, or its id on the Hub")]) -> None:
+def info(adapter: Annotated[str, typer.Argument(help="a folder that holds an adapter, or its id on the Hub")]) -> None:
     """Say what a saved adapter is, without loading its base."""
     from deltaworks.listing import print_adapter
     from deltaworks.store.hub import located
