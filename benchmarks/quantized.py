@@ -126,7 +126,7 @@ def main() -> None:
             model = load(folder, quantization, torch.bfloat16)
             row: Row = {"format": form or "bfloat16", "base": model_bytes(model), "methods": {}, "off": None}
             row["error"] = off(model(**batch()).logits.float(), exact)
-            for method in (f"lora[rank={RANK}]", f"hra[rank={RANK}]"):
+            for method in (f"lora[rank={RANK}]", f"hut[rank={RANK}]"):
                 delta = dw.attach(model, method)
                 row["methods"][method] = measured(model)
                 delta.detach()
