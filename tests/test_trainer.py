@@ -185,9 +185,12 @@ def test_gradient_checkpointing_trains_the_same(tmp_path: Path, reentrant: bool)
         torch.testing.assert_close(value, expected[key], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["lora[rank=2]", "adalora[rank=2, interval=1]"])
-def test_bfloat16_keeps_float32_masters_and_learns(tmp_path: Path, method: str) -> None:
-    trainer = trainer_of(tmp_path, method, bf16=True, max_steps=30)
+@pytest.mark.parametrize(
+    ("method", "precision"),
+    [("lora[rank=2]", "bf16"), ("adalora[rank=2, interval=1]", "bf16"), ("adalora[rank=2, interval=1]", "fp16")],
+)
+def test_mixed_precision_keeps_float32_masters_and_learns(tmp_path: Path, method: str, precision: str) -> None:
+    trainer = trainer_of(tmp_path, method, max_steps=30, **{precision: True})
     trainer.train()
     assert {parameter.dtype for parameter in trainer.delta.parameters()} == {torch.float32}
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
