@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -250,6 +251,36 @@ def test_what_peft_cannot_express_is_refused(method: str, options: dict[str, Any
         delta.save(tmp_path / "out", format="peft")
     assert not list(tmp_path.glob("out/*.json"))
     assert not list(tmp_path.glob("out/*.safetensors"))
+
+
+def test_a_merged_adapter_is_unmerged_first(tmp_path: Path) -> None:
+    _, _, _, delta = adapted("llama", "ln")
+    delta.merge()
+    with pytest.raises(dw.UserError, match="'default' is merged into the weights"):
+        delta.save(tmp_path, format="peft")
+    delta.unmerge()
+    delta.save(tmp_path, format="peft")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", dw.methods())
+def test_every_method_is_written_or_refused_with_a_reason(name: str, tmp_path: Path) -> None:
+    """At the full rank of the weights nothing may be lost."""
+    family = "bert" if name == "bitfit" else "llama"
+    model, ours, inputs, delta = adapted(family, name, **dw.registry()[name].small)
+    wanted, reasons = logits(family, ours, inputs), []
+    for rank in (None, 64):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                delta.save(tmp_path, format="peft", rank=rank)
+                theirs = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path).eval()
+        except dw.UserError as error:
+            reasons.append(str(error))
+            continue
+        assert float((wanted - logits(family, theirs, inputs)).abs().max()) <= 1e-4 * float(wanted.abs().max())
+    known = "is no LoRA|no LoRA stands at|no low-rank change|cuts the base|no bias in the base"
+    assert all(re.search(known, reason) for reason in reasons)
 
 
 # ---- vLLM and kohya -------------------------------------------------------------------------------------

@@ -79,6 +79,7 @@ def lowered(delta: Delta, rank: int | None = None, kinds: Collection[str] = LOWE
 
     Raises UserError where it computes what no weight can hold, or where ``rank`` is needed and not given.
     """
+    check_base(delta)
     by_path: dict[str, list[Any]] = {}
     for item in method_items(delta):
         for place, tuner in item.all:  # owners of a tied weight each get their own
@@ -95,6 +96,17 @@ def lowered(delta: Delta, rank: int | None = None, kinds: Collection[str] = LOWE
     if not found.weights:
         raise UserError(f"{delta.config} changes no weight of a linear layer, so it is no LoRA")
     return found
+
+
+def check_base(delta: Delta) -> None:
+    """Raises UserError where the weights are not the base's, so that no change can be told from them."""
+    for other in delta.board.deltas.values():
+        if other.merged:
+            raise UserError(
+                f"adapter {other.name!r} is merged into the weights: unmerge it before {delta.name!r} is written"
+            )
+    if delta.cut is not None:
+        raise UserError(f"{delta.config} cuts the base, which no other format can say")
 
 
 def method_items(delta: Delta) -> list[Attached]:

@@ -41,8 +41,20 @@ def _constrained(tensor: Tensor, spot: Spot) -> Tensor:
 
 
 def _oft_written(items: list[Any], chosen: Any) -> dict[str, Any]:
-    eps = items[0].tuner.config.eps
-    return {"coft": eps is not None} | ({} if eps is None else {"eps": eps})
+    config = items[0].tuner.config
+    usual = {"oft_block_size": 32} if config.block is None and config.blocks is None else {}
+    return {"coft": config.eps is not None} | ({} if config.eps is None else {"eps": config.eps}) | usual
+
+
+def _boft_written(items: list[Any], chosen: Any) -> dict[str, Any]:
+    config = items[0].tuner.config
+    return {"boft_block_size": 4} if config.block is None and config.blocks is None else {}
+
+
+def _cuts_as_said(tuner: Any) -> bool:
+    """Whether the blocks are of the size that is asked for: peft's BOFT takes no nearest one."""
+    inner = tuner.blocks.shape[1] * tuner.side
+    return bool(tuner.side == (inner / tuner.config.blocks if tuner.config.blocks else tuner.config.block or 4))
 
 
 OFT = Type(
@@ -74,6 +86,8 @@ BOFT = Type(
         "linear": (Name("blocks", "{path}.boft_R"), Name("scale", "{path}.boft_s", reshaped(after=1))),
     },
     training=("boft_dropout",),
+    written=_boft_written,
+    holds=_cuts_as_said,
     bias="boft_only",
 )
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from deltaworks.core.errors import UserError
 from deltaworks.core.rows import Rows
 from deltaworks.store.foreign import lost, targets
-from deltaworks.store.foreign.lowering import Lowered, effective_of, lowered, method_items
+from deltaworks.store.foreign.lowering import Lowered, check_base, effective_of, lowered, method_items
 from deltaworks.store.foreign.peft_matrices import stacked
 from deltaworks.store.foreign.peft_slots import TOKENS, slots
 from deltaworks.store.foreign.peft_table import LORA, TYPES
@@ -37,8 +37,7 @@ def written(
     delta: Delta, rank: int | None = None, rows: Sequence[Type] = TYPES
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Configuration and tensors: of a type among ``rows``, else as LoRA. Raises UserError for what cannot be said."""
-    if delta.cut is not None:
-        raise UserError(f"{delta.config} cuts the base, which no checkpoint of peft can say")
+    check_base(delta)
     items = method_items(delta)
     mine = [item for item in items if item.tuner.config.name != "bitfit"]
     row = None if rank is not None else native(mine, rows)
