@@ -73,14 +73,10 @@ class SaRAProcedure(Choosing):
 
     def __init__(self, delta: Delta, config: "SaRA") -> None:
         super().__init__(delta, config)
-        self.pairs: dict[str, tuple[int, Any]] = {}  # the key of a parameter and its entries
-        sides: dict[str, int] = {}
-        for key, (item, name) in self.owners().items():
-            if key in self.tuners()[0].entries:
-                self.pairs[f"{item.key}.{name}"] = (key, self.tuners()[0].entries[key])
-                shape = self.values(key).shape
-                sides[f"{item.key}.{name}"] = min(shape) if len(shape) == 2 else 0
-        self.eligible = [name for name, side in sides.items() if side > config.above]
+        own: dict[int, Any] = self.tuners()[0].entries
+        self.pairs = {f"{i.key}.{name}": (key, own[key]) for key, (i, name) in self.owners().items() if key in own}
+        shapes = {name: self.values(key).shape for name, (key, _) in self.pairs.items()}
+        self.eligible = [name for name, shape in shapes.items() if len(shape) == 2 and min(shape) > config.above]
         self.live: dict[str, Tensor] = {}  # which entries are in M', by the names of ``pairs``
         self.held: dict[str, Tensor] = {}  # the values of all of them when the mask narrowed
 
