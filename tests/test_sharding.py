@@ -44,6 +44,8 @@ TRAINER = {
     "trainer-budget": {"method": "adalora[rank=2, interval=1]"},
     "trainer-masks": {"method": "fish[keep=0.05]"},
     "trainer-rest": {"method": "lisa[layers=1]"},
+    "replicas-masks": {"method": "fish[keep=0.05]", "sharded": False},
+    "replicas-budget": {"method": "adalora[rank=2, interval=1]", "sharded": False},
 }
 
 ZERO = ("factors", "weight", "around")
@@ -111,14 +113,15 @@ def by_hand(case: dict[str, Any], accelerator: Any = None, team: Team | None = N
 def by_trainer(case: dict[str, Any], folder: Path, resumed: bool = False, **options: Any) -> dw.DeltaTrainer:
     """The same run under the Trainer; in each of several processes on two rows of each batch."""
     count = int(os.environ.get("WORLD_SIZE", "1"))
-    if count > 1:
+    sharded = count > 1 and case.get("sharded", True)
+    if sharded:
         options |= {"fsdp": True, "fsdp_config": {"version": 2, "reshard_after_forward": True}}
     arguments = hf.TrainingArguments(
         output_dir=str(folder), max_steps=STEPS, per_device_train_batch_size=4 // count, learning_rate=1e-2,
         max_grad_norm=CLIP, report_to="none", disable_tqdm=True, logging_steps=1, use_cpu=True, save_strategy="steps",
         save_steps=3, eval_strategy="steps", eval_steps=3, load_best_model_at_end=True, **options,
     )  # fmt: skip
-    if count > 1:
+    if sharded:
         pretend_gpus()
     data = dataset()
     trainer = dw.DeltaTrainer(attached(case), arguments, train_dataset=data, eval_dataset=data[:8])
@@ -196,8 +199,18 @@ def in_zero3(folder: Path) -> None:
 
 def main(folder: Path) -> None:
     """In each of the processes: every case, what it gave as JSON and what it saved as adapters."""
-    pretend_gpus()
     found: dict[str, Any] = {}
+    for name, case in TRAINER.items():
+        trainer = by_trainer(case, folder / name)
+        again = by_trainer(case, folder / name, resumed=True)
+        trainer.save_model(str(folder / name / "final"))
+        again.save_model(str(folder / name / "again"))
+        found[name] = {"losses": losses_of(trainer), "again": losses_of(again)}
+    try:
+        by_trainer({"method": "id3[keep=0.05]", "sharded": False}, folder / "refused")
+    except UserError as error:
+        found["refused"] = str(error)
+    pretend_gpus()
     for name, case in HAND.items():
         losses, delta = by_hand(case, sharder(case), Team(dist.get_rank(), dist.get_world_size(), torch.device("cpu")))
         shards = {id(p): p for p in delta.model.parameters() if not p.requires_grad}.values()
@@ -213,12 +226,6 @@ def main(folder: Path) -> None:
             "held": sum(p.to_local().numel() for p in shards),
             "dtypes": sorted({str(p.dtype) for p in delta.parameters()}),
         }
-    for name, case in TRAINER.items():
-        trainer = by_trainer(case, folder / name)
-        again = by_trainer(case, folder / name, resumed=True)
-        trainer.save_model(str(folder / name / "final"))
-        again.save_model(str(folder / name / "again"))
-        found[name] = {"losses": losses_of(trainer), "again": losses_of(again)}
     (folder / f"found-{dist.get_rank()}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 
@@ -280,11 +287,18 @@ def test_the_trainer_gives_the_run_of_one_process(shared_run: Path, tmp_path: Pa
         for key, value in values_of(saved).items():
             torch.testing.assert_close(value, expected[key], rtol=1e-3, atol=2e-4)
     files = {path.name.split("-")[0] for path in (shared_run / name / "checkpoint-6").rglob("*") if path.is_file()}
-    state = {"optimizer.bin", "scheduler.pt", "rng_state_0.pth", "rng_state_1.pth", "trainer_state.json"}
+    optimizer = "optimizer.bin" if TRAINER[name].get("sharded", True) else "optimizer.pt"
+    state = {optimizer, "scheduler.pt", "rng_state_0.pth", "rng_state_1.pth", "trainer_state.json"}
     assert files - {"adapter_config.json", "adapter_model.safetensors"} == {"adapter.json", "adapter", *state}
-    kept = torch.load(shared_run / name / "checkpoint-6" / "optimizer.bin", weights_only=True)["state"]
+    kept = torch.load(shared_run / name / "checkpoint-6" / optimizer, weights_only=True)["state"]
     sizes = {key: entry["exp_avg"].numel() for key, entry in kept.items() if "exp_avg" in entry}
     assert sum(sizes.values()) <= sum(parameter.numel() for parameter in alone.delta.parameters())
+
+
+@pytest.mark.slow
+def test_a_method_that_decides_by_its_own_rows_is_refused(shared_run: Path) -> None:
+    refused = {json.loads((shared_run / f"found-{rank}.json").read_text())["refused"] for rank in (0, 1)}
+    assert refused == {"id3[keep=0.05] decides by what each process sees for itself: train it in one process"}
 
 
 @pytest.mark.slow
@@ -350,6 +364,8 @@ def test_of_a_partitioned_model_the_adapter_alone_is_gathered(tmp_path: Path, mo
     monkeypatch.setattr(dist, "get_rank", lambda: 1)
     delta.save(tmp_path / "second")
     assert not (tmp_path / "second").exists()
+    with pytest.raises(UserError, match="DeepSpeed has partitioned the model already"):
+        dw.attach(delta.model, "lora[rank=2]", name="late")
 
 
 def test_what_stays_whole() -> None:

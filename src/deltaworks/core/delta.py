@@ -25,7 +25,7 @@ from deltaworks.core.procedure import Procedure, Procedures
 from deltaworks.core.registry import Config, configure
 from deltaworks.core.replacing import dequantize
 from deltaworks.core.report import Report, report
-from deltaworks.core.sharding import whole
+from deltaworks.core.sharding import is_partitioned, whole
 from deltaworks.core.weights import base_tensors, matrix_of, to_matrix
 
 
@@ -62,6 +62,8 @@ def attach(
         raise UserError(f"an adapter called {name!r} is there already: detach it or give another name=")
     if any(delta.merged for delta in board.deltas.values()):
         raise UserError("an adapter is merged into the weights: unmerge it before attaching another one")
+    if any(map(is_partitioned, model.parameters())):
+        raise UserError("DeepSpeed has partitioned the model already: load it before the training arguments are made")
     also = [also] if isinstance(also, str) else list(also)
     with board.whole():
         delta = Delta(model, name, config, also, seed, board, tied)
