@@ -190,3 +190,38 @@ def test_the_command_shows_any_family(tmp_path: Path, capsys: pytest.CaptureFixt
     (tmp_path / "unet" / "config.json").write_text('{"_class_name": "UNet9DModel"}')
     with pytest.raises(dw.UserError, match="is a UNet9DModel, which the installed diffusers has not"):
         print_anatomy(str(tmp_path / "unet"), None)
+
+
+@pytest.mark.parametrize("family", ["unet", "sd3", "segformer", "sam"])
+def test_gradient_checkpointing_gives_the_same_gradients(family: str) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        model, inputs = BEYOND[family]()
+        delta = dw.attach(model, "lora[rank=2]+houlsby[width=4]")
+        disturb(delta)
+        if checkpointing and hasattr(model, "enable_gradient_checkpointing"):
+            model.enable_gradient_checkpointing()
+        elif checkpointing:
+            model.gradient_checkpointing_enable()
+        torch.manual_seed(0)  # of the dropout
+        loss_of(family, model.train(), inputs).backward()
+        gradients.append([parameter.grad for parameter in delta.parameters() if parameter.grad is not None])
+    assert len(gradients[0]) == len(gradients[1]) > 20
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["unet", "sd3"])
+def test_compiles_as_one_graph(family: str) -> None:
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    model, inputs = BEYOND[family]()
+    disturb(dw.attach(model, "lora[rank=2]+houlsby[width=4]"))
+    expected = output_of(family, model, inputs).detach()
+    counter = CompileCounter()
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for _ in range(2):
+        assert difference(output_of(family, compiled, inputs).detach(), expected) < 1e-5
+    assert counter.frame_count == 1

@@ -68,9 +68,11 @@ def _call_runner(runner: Any, module: Any, run: Any, tuners: list[Any], *args: A
 def wrapped_class(cls: Any, names: tuple[str, ...], attends: bool) -> type[nn.Module]:
     """A subclass of ``cls`` that folds tuners around its forward and can show effective parameters."""
 
-    @functools.wraps(cls.forward)
+    plain = cls.forward  # looked up here: a class that dynamo takes for an operation has no attributes in a graph
+
+    @functools.wraps(plain)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return forward_wrapped(self, self._own_forward or functools.partial(cls.forward, self), args, kwargs)
+        return forward_wrapped(self, self._own_forward or functools.partial(plain, self), args, kwargs)
 
     def shown(name: str) -> property:
         def get(self: Any) -> Any:
