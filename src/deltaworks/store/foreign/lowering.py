@@ -136,7 +136,9 @@ def _check(tuners: Sequence[Any], kinds: Collection[str]) -> None:
     for tuner in tuners:
         place = tuner.place
         if tuner.form() == 3:
-            raise UserError(f"{tuner.config} at {place.name!r} computes what no weight can hold, so it is no LoRA")
+            raise UserError(
+                f"{tuner.config} at {place.name!r} computes something that no weight can hold, so it is no LoRA"
+            )
         if tuner.gives("tensor") or (_weighs(tuner) and place.kind not in kinds):
             raise UserError(f"{tuner.config} changes {place.name!r}, a {place.kind}, which no LoRA stands at")
 

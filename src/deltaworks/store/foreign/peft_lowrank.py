@@ -27,7 +27,7 @@ def _lora(data: Mapping[str, Any], place: Any, model: Any) -> dict[str, Any]:
     """What a place takes of it: no more ranks than its weight has, and for DoRA dropout at linear layers alone."""
     options: dict[str, Any] = {}
     rank = patterned(data.get("rank_pattern") or {}, place.path, data.get("r", 8))
-    most = min(matrix_of(place, base_tensors(model.get_submodule(place.path))["weight"]).shape)
+    most = min(matrix_of(place, base_tensors(model.get_submodule(place.path))[place.parameter]).shape)
     if rank > most:
         lost(f"rank {rank} is more than a weight of {most} inputs or outputs has: there {most} make the same changes")
         alpha = patterned(data.get("alpha_pattern") or {}, place.path, data.get("lora_alpha", 8))

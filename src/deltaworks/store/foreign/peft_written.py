@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,45 +34,74 @@ TASKS = {
 }
 
 
+@dataclass
+class Written:
+    """What a row says of an adapter: fields, tensors, adapted modules, and the biases [out] that changed."""
+
+    row: Type
+    fields: dict[str, Any]
+    tensors: dict[str, Tensor]
+    paths: list[str]
+    biases: dict[str, Tensor]
+
+
 def written(
     delta: Delta, rank: int | None = None, rows: Sequence[Type] = TYPES
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Configuration and tensors: of a type among ``rows``, else as LoRA. Raises UserError for what cannot be said."""
     check_base(delta)
-    items = method_items(delta)
-    mine = [item for item in items if item.tuner.config.name != "bitfit"]
-    row = None if rank is not None else native(mine, rows)
     names = targets.module_names(delta.model)
-    data: dict[str, Any] = {"peft_version": VERSION, "inference_mode": True}
-    if row is None:
-        whole = lowered(delta, rank, LORA.names)
-        if rank is not None:
-            lost(whole.loss(rank))
-        weights, parameters = stacked(delta, whole.weights)
-        row, paths, biases = LORA, [name for name in weights if name in names], whole.biases
-        fields, tensors = lora_file(weights)
-        data |= {"target_modules": targets.ends(paths, names)} | fields
-        data |= {"target_parameters": parameters} if parameters else {}
-    else:
-        paths, tensors = [item.place.path for item in mine], _tensors(delta, row)
-        biases = {item.place.path: effective_of(delta, [item.tuner])["bias"] for item in items if item not in mine}
-        chosen = {} if row.whole else {"target_modules": targets.ends(paths, names)}
-        data |= chosen | _fields(row, mine, delta.seed) | row.written(mine, chosen.get("target_modules"))
+    row = None if rank is not None else native(_tuned(delta), rows)
+    made = _as_lora(delta, rank, names) if row is None else _as_itself(delta, row, names)
+    row, tensors = made.row, made.tensors
     config = getattr(delta.model, "config", None)
-    data |= {"peft_type": row.peft, "base_model_name_or_path": getattr(config, "_name_or_path", None) or None}
-    data |= _bias_fields(delta, row, biases, set(paths), tensors)
-    saved, whole_modules, token_rows = _saved(delta, row.prefix)
-    if saved:
-        data["modules_to_save"] = _outermost(delta.model, saved)
-    if token_rows and row is not LORA:
-        raise UserError(f"peft's {row.peft} trains no rows of an embedding: only LORA does")
-    if token_rows:
-        data["trainable_token_indices"] = token_rows
+    data: dict[str, Any] = {"peft_type": row.peft, "peft_version": VERSION, "inference_mode": True, **made.fields}
+    data["base_model_name_or_path"] = getattr(config, "_name_or_path", None) or None
+    data |= _bias_fields(delta, row, made.biases, set(made.paths), tensors)
+    data |= _saved_fields(delta, row, tensors)
     data["task_type"] = _task(delta.model, row, data.get("modules_to_save", []))
-    tensors |= whole_modules
-    if any(delta.model.get_submodule(path).__class__.__name__ == "Conv1D" for path in paths) and not row.whole:
+    if not row.whole and any(type(delta.model.get_submodule(path)).__name__ == "Conv1D" for path in made.paths):
         data["fan_in_fan_out"] = True
     return data, {key: value.float() if value.dtype == torch.float64 else value for key, value in tensors.items()}
+
+
+def _tuned(delta: Delta) -> list[Attached]:
+    """The tuners of the methods but for those that train biases, which every type says in its own field."""
+    return [item for item in method_items(delta) if item.tuner.config.name != "bitfit"]
+
+
+def _as_lora(delta: Delta, rank: int | None, names: Sequence[str]) -> Written:
+    """As LoRA: its own factors, or cut to a rank."""
+    whole = lowered(delta, rank, LORA.names)
+    if rank is not None:
+        lost(whole.loss(rank))
+    weights, parameters = stacked(delta, whole.weights)
+    paths = [name for name in weights if name in names]
+    fields, tensors = lora_file(weights)
+    fields |= {"target_modules": targets.ends(paths, names)}
+    fields |= {"target_parameters": parameters} if parameters else {}
+    return Written(LORA, fields, tensors, paths, whole.biases)
+
+
+def _as_itself(delta: Delta, row: Type, names: Sequence[str]) -> Written:
+    """As the type that the row is for."""
+    items = _tuned(delta)
+    paths = [item.place.path for item in items]
+    chosen = {} if row.whole else {"target_modules": targets.ends(paths, names)}
+    fields = chosen | _fields(row, items, delta.seed) | row.written(items, chosen.get("target_modules"))
+    others = [item.tuner for item in method_items(delta) if item not in items]
+    biases = {tuner.place.path: effective_of(delta, [tuner])["bias"] for tuner in others}
+    return Written(row, fields, _tensors(delta, row), paths, biases)
+
+
+def _saved_fields(delta: Delta, row: Type, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Adds what is trained beside the methods to the tensors, and says its modules and rows."""
+    paths, own, rows = _saved(delta, row.prefix)
+    if rows and row is not LORA:
+        raise UserError(f"peft's {row.peft} trains no rows of an embedding: only LORA does")
+    tensors |= own
+    fields: dict[str, Any] = {"modules_to_save": _outermost(delta.model, paths)} if paths else {}
+    return fields | ({"trainable_token_indices": rows} if rows else {})
 
 
 def native(items: Sequence[Attached], rows: Sequence[Type] = TYPES) -> Type | None:
