@@ -101,11 +101,13 @@ class Builder:
     def _of(self, config: Config, member: int) -> list[Attached]:
         """The tuners of one method: one for each weight, whichever of its owners are targets."""
         made: list[Attached] = []
+        tuned: set[tuple[str, Any]] = set()  # matrices that the tuners of other owners change
         for place in config.places(self.anatomy):
-            tuned = (twin for item in made for twin in item.twins if not twin.gives("tensor"))
-            if not any(_same_matrix(twin.place, place) for twin in tuned):
-                item = self._make(config.tuner, member, place, config)
-                made += [item] if item is not None else []
+            if (place.name, place.part) in tuned:
+                continue
+            if (item := self._make(config.tuner, member, place, config)) is not None:
+                made.append(item)
+                tuned |= {(twin.place.name, twin.place.part) for twin in item.twins if not twin.gives("tensor")}
         return made
 
     def _make(self, make: Any, member: int, place: Place, config: Any) -> Attached | None:
@@ -133,10 +135,6 @@ class Builder:
         if sum(bool(other.kinds) for other in self.members) > 1 and member < len(self.members):
             key += f"<{member}>"
         return Attached(key, member, place, tuner, twins(self.model, self.anatomy, tuner) if self.tied else [])
-
-
-def _same_matrix(one: Place, other: Place) -> bool:
-    return (one.name, one.part) == (other.name, other.part)
 
 
 def _unfit(tuner: Tuner, site: Site) -> tuple[str, str] | None:

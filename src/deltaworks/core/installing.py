@@ -36,6 +36,7 @@ def install(delta: Delta) -> None:
             _tap(model.get_submodule(place.entry), tap, board)
         if place.kind == "trunk":
             _prepare_trunk(delta, module, place)
+    delta.reshaped()
     for watched, tap in delta._taps:
         _tap(watched, tap, board)
     board.show([delta.name])
@@ -68,7 +69,6 @@ def _add(delta: Delta, place: Place, tuner: nn.Module) -> None:
     if delta.name not in module.deltas:
         module.deltas[delta.name] = nn.ModuleList()
     module.deltas[delta.name].append(tuner)
-    module._alike = alike(module)
     reader: Any = delta.model.get_submodule(parent_of(place.path))
     if is_read(reader, place.path):
         wrap(reader, delta.board)
@@ -131,10 +131,12 @@ def uninstall(delta: Delta) -> None:
 
 def alike(module: Any) -> bool:
     """Whether all adapters of a module have tuners of the same shape, so that one graph can serve them."""
+    if len(module.deltas) < 2:
+        return True
     kinds = [[_signature(tuner) for tuner in tuners] for tuners in module.deltas.values()]
     return all(kind == kinds[0] for kind in kinds[1:])
 
 
 def _signature(tuner: Tuner) -> tuple[Any, ...]:
     shapes = [(name, tensor.shape) for name, tensor in (*tuner.named_parameters(), *tuner.named_buffers())]
-    return (type(tuner), tuner.place, str(tuner.config), shapes, tuner.constants())
+    return (type(tuner), tuner.place, tuner.config, shapes, tuner.constants())
