@@ -111,7 +111,7 @@ def parameters_alive() -> int:
 def test_dpo_compares_with_the_disabled_adapter_and_holds_no_second_model(tmp_path: Path) -> None:
     base = decoder()
     before, size = parameters_alive(), sum(p.numel() for p in base.parameters())
-    trainer = dpo(tmp_path, "lora[rank=2]", base)
+    trainer = dpo(tmp_path, "lora[rank=2]", base, max_steps=2)
     batch = next(iter(trainer.get_train_dataloader()))
     first = trainer.compute_ref_log_probs(trainer.model, batch)
     trainer.train()
@@ -126,10 +126,8 @@ def test_dpo_compares_with_the_disabled_adapter_and_holds_no_second_model(tmp_pa
     assert margins[0] == 0.0
     assert margins[-1] > 0.01
     # the same with a real second model
-    twin = DPOTrainer(
-        (delta := dw.attach(decoder(), "lora[rank=2]", seed=1)).model, decoder(), DPOConfig(**options(tmp_path)),
-        train_dataset=pairs(), processing_class=tokenizer(),
-    )  # fmt: skip
+    delta, settings = dw.attach(decoder(), "lora[rank=2]", seed=1), DPOConfig(**options(tmp_path, max_steps=2))
+    twin = DPOTrainer(delta.model, decoder(), settings, train_dataset=pairs(), processing_class=tokenizer())
     twin.train()
     assert losses(twin) == pytest.approx(losses(trainer), abs=1e-6)
     expected = values_of(delta)

@@ -7,8 +7,7 @@ Every step adds lambda ||P * M||_* of one matrix at random, by its current value
 M' = M and |P| < theta: the other entries stay as they are then, and the optimizer's state starts again from zero.
 Count: the number of entries below theta, of all tensors.
 Departure: the published code writes |w| where it means w before the first step and at the turn, its rank loss never
-reaches the trained values in the memory-saving path, and one step is lost at the turn; none of that is copied,
-and weight decay does not reach the values.
+reaches the trained values in the memory-saving path, and a step is lost at the turn; none is copied; no value decays.
 """
 
 import math
@@ -130,6 +129,7 @@ def nuclear_norm(parameter: Tensor, entries: Entries) -> Tensor:
     tuner=SaRATuner,
     learning_rate=default_rate(2e-3),
     tried=(default_rate(2e-3), 1e-3, 3e-3),
+    limits={"sharded": "its nuclear norm is that of whole matrices of the base"},
     small={"threshold": 0.05, "above": 8},
 )
 class SaRA(Config):
