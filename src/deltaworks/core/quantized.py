@@ -27,6 +27,8 @@ def is_coded(tensor: Tensor) -> bool:
 
 def is_quantized(module: nn.Module) -> bool:
     """Whether a module keeps its weight as codes."""
+    if torch.compiler.is_compiling():  # which does not see what a tensor wraps
+        return bool(module.__dict__.get("_quantized"))
     weight = module._parameters.get("weight")
     if weight is not None:
         return is_coded(weight)

@@ -136,6 +136,7 @@ def wrap(module: Any, board: Board) -> None:
         "_first_position": None,
         "_argument_names": tuple(name for name in names if name != "self"),
         "_effective": None,
+        "_quantized": is_quantized(module),
         "_repacks": steady(module),
         # accelerate's hooks, of a model that lies on several devices, replace it on the module itself
         "_own_forward": module.__dict__.pop("forward", None),
@@ -183,6 +184,7 @@ STATE = (
     "_first_position",
     "_argument_names",
     "_effective",
+    "_quantized",
     "_repacks",
     "_own_forward",
 )
