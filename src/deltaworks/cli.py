@@ -207,11 +207,14 @@ def merge(
     adapter: Annotated[Path, typer.Argument(help="a folder written by deltaworks tune")],
     out: Annotated[Path, typer.Option(help="folder for the merged model")],
     model: Annotated[str | None, typer.Option(help="the base; default: that of the adapter's recipe")] = None,
+    requantize: Annotated[
+        bool, typer.Option("--requantize", help="leave a quantized base quantized, at the cost that is printed")
+    ] = False,
 ) -> None:
-    """Merge an adapter into its base model, check the outputs, and save the result."""
+    """Merge an adapter into its base model, a quantized one made plain; check the outputs, and save the result."""
     from deltaworks.train.tune import merge as run
 
-    run(adapter, out, model)
+    run(adapter, out, model, requantize=requantize)
 
 
 @command("deltaworks export runs/lora --format peft --out exported")

@@ -95,10 +95,11 @@ def base_of(adapter: Path, source: str | None) -> tuple[Recipe, Record, Loaded]:
     return recipe, record, loaded
 
 
-def merge(adapter: Path, out: Path, source: str | None = None) -> float:
-    """Merge an adapter into its base and save the model, if the outputs agree on a probe.
+def merge(adapter: Path, out: Path, source: str | None = None, *, requantize: bool = False) -> float:
+    """Merge an adapter into its base, save the model, and tell how far its outputs are on a probe.
 
-    Returns the largest absolute difference of an output. Raises UserError where it cannot be merged or saved.
+    A quantized base is made plain, or quantized again with ``requantize``. Returns the largest absolute difference of
+    an output. Raises UserError where it cannot be merged or saved.
     """
     recipe, record, loaded = base_of(adapter, source)
     delta = load(loaded.model, adapter)
@@ -111,7 +112,7 @@ def merge(adapter: Path, out: Path, source: str | None = None) -> float:
     stage = Stage(recipe, delta.config, data, loaded, task, torch.device("cpu"), [], [], probe)
     before = output_of(stage)
     cut = delta.cut
-    delta.merge(keep_base=False)
+    delta.merge(keep_base=False, requantize=requantize)
     if cut is not None:
         cut.fill()  # the model's configuration, by which others load the files, knows its whole sizes alone
     after = output_of(stage)
