@@ -225,3 +225,17 @@ def test_compiles_as_one_graph(family: str) -> None:
     for _ in range(2):
         assert difference(output_of(family, compiled, inputs).detach(), expected) < 1e-5
     assert counter.frame_count == 1
+
+
+def test_a_table_that_is_called_without_an_argument() -> None:
+    """Swin asks for its position bias so, which is trained in full."""
+    model, inputs = BEYOND["mask2former"]()
+    base = output_of("mask2former", model, inputs).detach()
+    delta = dw.attach(model, "full", targets="re:.*relative_position_bias")
+    assert difference(output_of("mask2former", model, inputs), base) < 1e-6
+    disturb(delta)
+    moved = output_of("mask2former", model, inputs)
+    moved.sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in delta.parameters())
+    delta.merge()
+    assert difference(output_of("mask2former", model, inputs), moved) < 2e-5

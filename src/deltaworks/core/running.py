@@ -23,19 +23,25 @@ from deltaworks.core.weights import WEIGHT_KINDS, added, base_tensors, effective
 
 
 class Operation:
-    """``base`` for tuners around a module whose first argument is a tensor and whose output holds one first."""
+    """``base`` for tuners around a module whose first argument is a tensor and whose output holds one first.
+
+    A table that is asked for without an argument, such as Swin's position bias, has None for it.
+    """
 
     def __init__(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.run, self.rest, self.kwargs = run, args[1:], kwargs
         self.output: Any = None
-        self.keyword = "" if args else next(iter(kwargs))
-        self.x = args[0] if args else kwargs[self.keyword]
+        self.empty = len(args) + len(kwargs) == 0
+        self.keyword = "" if args else next(iter(kwargs), "")
+        self.x: Any = args[0] if args else kwargs.get(self.keyword)
 
     def __call__(self, x: Any) -> Tensor:
-        if not self.keyword:
-            self.output = self.run(x, *self.rest, **self.kwargs)
-        else:
+        if self.empty:
+            self.output = self.run()
+        elif self.keyword:
             self.output = self.run(**{**self.kwargs, self.keyword: x})
+        else:
+            self.output = self.run(x, *self.rest, **self.kwargs)
         return self.output[0] if isinstance(self.output, tuple) else self.output
 
     def replaced(self, y: Tensor) -> Any:
