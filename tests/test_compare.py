@@ -129,7 +129,7 @@ def test_an_interruption_keeps_what_is_finished_and_says_how_to_go_on(letters: P
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "1 of 2 runs are finished and kept; the same command runs the rest" in out
-    assert err == "interrupted\n"
+    assert err.splitlines()[-1] == "interrupted"  # a library may have warned before
     assert len(read_records(folder / "records")) == 1
     assert not list((folder / "jobs").iterdir())
 
