@@ -26,7 +26,7 @@ RESULTS = Path(__file__).parent / "results" / "survey-small"
 WISHES: tuple[dict[str, Any], ...] = (
     {},
     {"storage": "1MB"},
-    {"storage": "200kB"},
+    {"storage": "300kB"},
     {"memory": "350MB"},
     {"merge": True},
     {"adapters_served": 200},
@@ -123,9 +123,9 @@ class Answer:
 def answers(records: Sequence[Record]) -> list[Answer]:
     """Advice from the rules alone, among the methods that were run, held against each world of the same model."""
     found = []
-    for task in dict.fromkeys(record.data.task for record in records):
-        own = [record for record in records if record.data.task == task]
-        run, model = own[0], MODELS[task]
+    for comparison in compare(records):
+        own, run = comparison.records, comparison.any_run
+        task, model = run.data.task, MODELS[run.data.task]
         names = list(dict.fromkeys(record.method.partition("[")[0] for record in own))
         for wishes in WISHES:
             given = {
@@ -171,7 +171,7 @@ def page(records: Sequence[Record]) -> Iterator[str]:
     yield "# The survey's fifteen methods, head to head"
     yield ""
     yield (
-        f"{plural(len(records), 'run')} on {records[0].hardware}: {show_seconds(seconds)} of runs, two side by side, "
+        f"{plural(len(records), 'run')} on {records[0].hardware}: {show_seconds(seconds)} of runs, "
         f"{show_seconds(work)} of one core. Made by `deltaworks compare --protocol survey-small`; this page by "
         f"[benchmarks/survey.py](../survey.py), [survey-small/report.html](survey-small/report.html) by "
         f"`deltaworks report`. In brackets the rank: 1 + the number of methods that are clearly better."

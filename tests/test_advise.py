@@ -355,6 +355,7 @@ def test_the_values_that_are_tried_lie_beside_the_bounds_of_the_rules() -> None:
         ({"colour": "red"}, "there is no wish 'colour'"),
         ({"model": "large", "memory": "3GB"}, "the frozen base alone takes 3.64 GB in nf4, more than the memory of 3"),
         ({"model": "large", "memory": "3640100kB"}, "no method fits in 3.64 GB at 32 rows of 256 tokens"),
+        ({"storage": "1kB", "methods": "lora,ia3"}, "no adapter fits in 1.00 kB: give more --storage"),
     ],
 )
 def test_bad_input_ends_in_one_sentence(wanted: dict[str, Any], sentence: str) -> None:

@@ -110,6 +110,9 @@ class Adviser:
         self._refuse_too_small(wishes, facts, rungs[-1])
         options = self._fitting(asked, wishes, facts, rungs, show) or self._fitting(pool, wishes, facts, rungs, show)
         if not options:
+            out = {excluded.rule for each in pool for excluded in each.excluded}
+            if wishes.storage is not None and "storage" in out and "memory" not in out:
+                raise UserError(f"no adapter fits in {show_bytes(wishes.storage)}: give more --storage")
             raise UserError(
                 f"no method fits in {show_bytes(facts['memory'])} at {wishes.batch} rows of {wishes.length} tokens: "
                 f"give a smaller --batch or --length"
