@@ -4,7 +4,6 @@
 builds a fresh model with its inputs.
 """
 
-from functools import wraps
 from typing import Any
 
 import diffusers
@@ -29,16 +28,8 @@ _TOWER: dict[str, Any] = {
 
 def _member(name: str, output: str) -> Any:
     def register(build: Build) -> Build:
-        @wraps(build)
-        def seeded() -> tuple[nn.Module, Inputs]:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
-                model, inputs = build()
-                zoo.spread(model)
-            return model.eval(), inputs
-
-        BEYOND[name], OUTPUT[name] = seeded, output
-        return seeded
+        BEYOND[name], OUTPUT[name] = zoo.seeded(build), output
+        return BEYOND[name]
 
     return register
 

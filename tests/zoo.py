@@ -30,18 +30,24 @@ UNTOLD = ("plain", "convnet", "mlp")
 """The members of ``ZOO`` that are not from transformers: known to the library by their structure only."""
 
 
+def seeded(build: Build) -> Build:
+    """The same model on every call: its weights and inputs depend on nothing else."""
+
+    @wraps(build)
+    def made() -> tuple[nn.Module, Inputs]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model, inputs = build()
+            spread(model)
+        return model.eval(), inputs
+
+    return made
+
+
 def _member(name: str) -> Callable[[Build], Build]:
     def register(build: Build) -> Build:
-        @wraps(build)
-        def seeded() -> tuple[nn.Module, Inputs]:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
-                model, inputs = build()
-                spread(model)
-            return model.eval(), inputs
-
-        ZOO[name] = seeded
-        return seeded
+        ZOO[name] = seeded(build)
+        return ZOO[name]
 
     return register
 

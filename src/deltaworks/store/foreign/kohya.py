@@ -13,8 +13,8 @@ from torch import Tensor
 from deltaworks.core.delta import Delta
 from deltaworks.core.errors import UserError
 from deltaworks.store.files import check_writable
+from deltaworks.store.foreign.lowering import factors_alone
 from deltaworks.store.foreign.tensors import write_tensors
-from deltaworks.store.foreign.vllm import factors_alone
 
 FILE = "lora.safetensors"
 PARTS = {"UNet2DConditionModel": "lora_unet", "CLIPTextModel": "lora_te", "CLIPTextModelWithProjection": "lora_te2"}

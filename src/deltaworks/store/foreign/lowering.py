@@ -16,6 +16,7 @@ from torch import Tensor
 from deltaworks.core.errors import UserError
 from deltaworks.core.places import Place
 from deltaworks.core.weights import base_tensors, effective, matrix_of
+from deltaworks.store.foreign import lost
 
 if TYPE_CHECKING:
     from deltaworks.core.building import Attached
@@ -96,6 +97,20 @@ def lowered(delta: Delta, rank: int | None = None, kinds: Collection[str] = LOWE
     if not found.weights:
         raise UserError(f"{delta.config} changes no weight of a linear layer, so it is no LoRA")
     return found
+
+
+def factors_alone(delta: Delta, rank: int | None, reader: str, kinds: tuple[str, ...]) -> dict[str, Lowered]:
+    """The adapter as A and B by path. Raises UserError for all that a reader of A and B alone would not see."""
+    if any(item.member >= len(delta.members) for item in delta.attached):
+        raise UserError(f"{reader} reads no modules that are trained in full ({', '.join(delta.also)}): merge instead")
+    found = lowered(delta, rank)
+    if found.biases:
+        raise UserError(f"{reader} reads no trained biases, and {next(iter(found.biases))!r} has one: merge instead")
+    if odd := [path for path, one in found.weights.items() if one.place.kind not in kinds]:
+        raise UserError(f"{reader} takes no adapter at {odd[0]!r}, a {found.weights[odd[0]].place.kind}: merge instead")
+    if rank is not None:
+        lost(found.loss(rank))
+    return found.weights
 
 
 def check_base(delta: Delta) -> None:

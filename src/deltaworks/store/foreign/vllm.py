@@ -12,8 +12,8 @@ from pathlib import Path
 from deltaworks.core.delta import Delta
 from deltaworks.core.errors import UserError
 from deltaworks.store.files import check_writable
-from deltaworks.store.foreign import lost, targets
-from deltaworks.store.foreign.lowering import Lowered, lowered, padded
+from deltaworks.store.foreign import targets
+from deltaworks.store.foreign.lowering import factors_alone, padded
 from deltaworks.store.foreign.peft import CONFIG, WEIGHTS
 from deltaworks.store.foreign.peft_written import lora_file
 from deltaworks.store.foreign.tensors import write_json, write_tensors
@@ -40,17 +40,3 @@ def write(delta: Delta, folder: Path, rank: int | None = None) -> None:
     check_writable(folder)
     write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
     write_json(folder / CONFIG, data | {"target_modules": names, "modules_to_save": None, "inference_mode": True})
-
-
-def factors_alone(delta: Delta, rank: int | None, reader: str, kinds: tuple[str, ...]) -> dict[str, Lowered]:
-    """The adapter as A and B by path. Raises UserError for all that a reader of A and B alone would not see."""
-    if any(item.member >= len(delta.members) for item in delta.attached):
-        raise UserError(f"{reader} reads no modules that are trained in full ({', '.join(delta.also)}): merge instead")
-    found = lowered(delta, rank)
-    if found.biases:
-        raise UserError(f"{reader} reads no trained biases, and {next(iter(found.biases))!r} has one: merge instead")
-    if odd := [path for path, one in found.weights.items() if one.place.kind not in kinds]:
-        raise UserError(f"{reader} takes no adapter at {odd[0]!r}, a {found.weights[odd[0]].place.kind}: merge instead")
-    if rank is not None:
-        lost(found.loss(rank))
-    return found.weights
