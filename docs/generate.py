@@ -94,12 +94,17 @@ def header_section(header: str, module: str) -> str:
         if not text.strip():
             continue
         if label == "Formula":
-            lines += ["```text", textwrap.dedent("         " + text.strip("\n")).strip(), "```", ""]
+            lines += ["```text", unwrapped(textwrap.dedent("         " + text.strip("\n")).strip()), "```", ""]
         else:
             words = linked(" ".join(text.split()))
             lines += [f"**{label}.** {words[:1].upper()}{words[1:]}" if label else words, ""]
     source = f"src/{module.replace('.', '/')}.py"
     return "\n".join([*lines, f"Source: `{source}`\n"])
+
+
+def unwrapped(text: str) -> str:
+    """A line of the file that ends within a sentence goes on; the page breaks it at its own width."""
+    return re.sub(r"(?<![.;:])\n(?=\S)", " ", text)
 
 
 def linked(text: str) -> str:

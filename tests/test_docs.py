@@ -24,8 +24,9 @@ from deltaworks.core.registry import registry
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
-QUICK = ("index.md", "guides/adding-a-method.md", "coming-from-peft.md", "coming-from-adapters.md")
+CONTRIBUTING = "../CONTRIBUTING.md"
+PAGES = [*sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")), CONTRIBUTING]
+QUICK = ("index.md", "guides/adding-a-method.md", "coming-from-peft.md", "coming-from-adapters.md", CONTRIBUTING)
 SMALL = ("steps=2", "epochs=null", "batch_size=4", "limit=60", "test_limit=12", "max_length=24", "curve_points=1")
 FENCE = re.compile(r"^```(\w+)(?: title=\"([^\"]*)\")?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -95,6 +96,10 @@ def test_every_block_is_of_a_kind_that_runs_or_says_what_it_is() -> None:
         for block in blocks(page):
             assert block.language in ("python", "sh", "text", "yaml", "csv"), f"{page}:{block.line}"
             assert block.language != "yaml" or block.title or page == "protocols.md", f"{page}:{block.line}: which file"
+            if block.language == "text":
+                assert not block.text.startswith("deltaworks"), f"{page}:{block.line}: a command that could run"
+            else:  # text is broken by the page
+                assert max(map(len, block.text.splitlines())) <= 88, f"{page}:{block.line}: wider than the page"
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +126,14 @@ def test_a_page_of_methods_has_formula_count_options_abilities_and_scores(genera
         "| banking77, all-MiniLM-L6-v2 | `ia3` | 84.5 % accuracy | 0.01 | 13.8 K | 178 kB |",
     ):
         assert piece in page
+
+
+def test_a_formula_breaks_where_the_page_does_and_where_it_means_to(generate: ModuleType) -> None:
+    from deltaworks.core.abilities import abilities
+
+    page = generate.family_page("reparametrized/low-rank", abilities("reparametrized/low-rank"), registry())
+    assert "; the loss gains gamma times the mean over all P and Q of ||P^T P - I||_F" in page
+    assert "s = alpha / r (rsLoRA: alpha / sqrt(r)).\nDoRA: W' = m" in page
 
 
 def test_every_command_and_option_is_in_the_reference(generate: ModuleType) -> None:

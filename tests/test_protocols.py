@@ -206,13 +206,14 @@ def test_the_documented_protocols_are_what_the_page_says(tmp_path: Path) -> None
     assert {name: (int(runs), int(trainings)) for name, runs, trainings in rows} == {
         name: sizes(name)[2:] for name in shipped()
     }
-    example, words = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    example, words = re.findall(r"```yaml.*?\n(.*?)```", page, re.DOTALL)
     (tmp_path / "example.yaml").write_text(example)
     assert pairs(find_protocol(str(tmp_path / "example.yaml"))) == [
-        ("minilm", "reviews.csv"), ("my-model/", "reviews.csv"), ("minilm", "google/boolq"),
+        ("minilm", "stdlib-docs"), ("tiny-lm", "stdlib-docs"), ("tiny-lm", "stdlib-text"),
     ]  # fmt: skip
-    (tmp_path / "words.yaml").write_text(words + "  data: boolq\nmethods: [lora]\n")
+    (tmp_path / "words.yaml").write_text(words + "methods: [lora]\n")
     ((recipe,),) = find_protocol(str(tmp_path / "words.yaml")).recipes()
-    assert (recipe.task, recipe.score, recipe.columns["target"]) == ("seq2seq", "exact match", "{answer}")
+    assert (recipe.data, recipe.task, recipe.score) == ("google/boolq", "seq2seq", "exact match")
+    assert recipe.columns["target"] == "{answer}"
     keys = re.findall(r"^\| `(\w+)` \|.*\|$", page.split("## Keys")[1].split("\n## ")[0], re.MULTILINE)
     assert set(keys) == set(Protocol.model_fields) - {"name"}
