@@ -87,6 +87,24 @@ def test_what_is_not_held_is_an_error(config: dict[str, Any], said: str) -> None
     assert not [path for path, _ in model.named_modules() if path.endswith("deltas")]
 
 
+def test_a_converted_start_is_a_lora_of_twice_the_rank(tmp_path: Path) -> None:
+    """peft writes what PiSSA trained, with what it took out of the base, as a LoRA of the base as it was."""
+    model, inputs = ZOO["llama"]()
+    config = lora(init_lora_weights="pissa", lora_alpha=8)()
+    with quiet():
+        under = peft.get_peft_model(copy.deepcopy(model), config)
+        config.init_lora_weights = True
+        under.save_pretrained(tmp_path / "start")
+        config.init_lora_weights = "pissa"
+        for parameter in under.parameters():
+            if parameter.requires_grad:
+                parameter.data.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)), alpha=0.2)
+        under.save_pretrained(tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    delta = dw.load(model, tmp_path / "converted")
+    assert (delta.config.rank, delta.config.pissa) == (8, False)  # type: ignore[attr-defined]
+    agree(logits("llama", under.eval(), inputs), logits("llama", model, inputs))
+
+
 def test_what_acts_in_training_alone_is_said() -> None:
     model, _ = ZOO["llama"]()
     with pytest.warns(ConversionWarning, match="module_dropout=0.1 acts in training alone"):
@@ -314,20 +332,26 @@ def test_vllm_refuses_what_it_would_not_see(method: str, options: dict[str, Any]
         delta.save(tmp_path, format="vllm")
 
 
-def test_kohya_is_read_by_diffusers(tmp_path: Path) -> None:
+def unet() -> nn.Module:
     diffusers = pytest.importorskip("diffusers")
-    from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_lora_to_diffusers
-
     torch.manual_seed(0)
-    model = diffusers.UNet2DConditionModel(
+    return diffusers.UNet2DConditionModel(
         sample_size=8, in_channels=2, out_channels=2, layers_per_block=1, block_out_channels=(8, 8), norm_num_groups=4,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         cross_attention_dim=8, attention_head_dim=4,
     )  # fmt: skip
-    delta = dw.attach(model, "lora[rank=2, alpha=6, targets='to_q,to_out.0']")
+
+
+def test_kohya_is_read_by_diffusers(call: Call, tmp_path: Path) -> None:  # noqa: F811
+    delta = dw.attach(unet(), "lora[rank=2, alpha=6, targets='to_q,to_out.0']")
+    from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_lora_to_diffusers
+
     for parameter in delta.parameters():
         parameter.data.normal_(std=0.3)
-    delta.save(tmp_path, format="kohya")
+    delta.save(tmp_path / "ours")
+    words = ("--format", "kohya", "--model", "test_export:unet", "--out", tmp_path)
+    status, out, _ = call("export", tmp_path / "ours", *words)
+    assert (status, out) == (0, f"kohya: {tmp_path}\n")
     tensors, alphas = _convert_non_diffusers_lora_to_diffusers(load_file(tmp_path / "lora.safetensors"))
     assert set(alphas.values()) == {6.0}
     assert len(tensors) == 2 * len(delta.attached) == 32

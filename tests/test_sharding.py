@@ -38,6 +38,7 @@ HAND = {
     "lean": {"method": "lora[rank=2]", "checkpointing": True},
     "shared": {"method": "said[dimension=60]"},
     "budget": {"method": "adalora[rank=2, interval=1]"},
+    "masks": {"method": "fish[keep=0.05]"},
 }
 TRAINER = {
     "trainer": {"method": "lora[rank=2]"},
@@ -252,7 +253,7 @@ def test_a_loop_with_accelerate_gives_the_run_of_one_process(shared_run: Path, n
     # bfloat16 shards round the weights, autocast in one process only the products
     assert found["losses"] == pytest.approx(losses, abs=1e-2 if half else 2e-6)
     assert found["dtypes"] == ["torch.float32"]
-    assert found["sharded"] == (name not in ("shared", "budget"))
+    assert found["sharded"] == (name not in ("shared", "budget", "masks"))
     assert found["held"] + other["held"] == found["base"]
     assert abs(found["held"] - other["held"]) <= 0.05 * found["base"]
     saved = dw.load(model_of(case.get("dtype", "float32")), shared_run / name)
@@ -262,7 +263,7 @@ def test_a_loop_with_accelerate_gives_the_run_of_one_process(shared_run: Path, n
         torch.testing.assert_close(value, expected[key], rtol=1e-3, atol=2e-4)
 
 
-@pytest.mark.parametrize("name", ["factors", "budget"])
+@pytest.mark.parametrize("name", ["factors", "budget", "masks"])
 def test_a_loop_with_accelerate_in_one_process_is_a_plain_loop(name: str) -> None:
     from accelerate import Accelerator
 
