@@ -56,12 +56,13 @@ def overview(found: Sequence[Ability]) -> str:
         link = f"[`{each.name}`]({Path(page_of(each.family)).name}#{each.name})"
         table = table.replace(f"| `{each.name}` |", f"| {link} |")
     return (
+        "---\nhide: [toc]\n---\n\n"  # room for the table
         "# Methods\n\n"
         f"{len(found)} methods, by family. Form: what the method gives, strongest first (1 low-rank factors, 2 a "
         "weight, 3 an operation); a stronger form implies the weaker ones. Rows: another adapter for each row of one "
         "batch. At step 0: whether the output of the model is unchanged when the adapter is attached.\n\n"
         "`deltaworks methods` prints the same in a terminal, `deltaworks methods --json` with every option.\n\n"
-        f"{table}\n"
+        f"{cited(table)}\n"
     )
 
 
@@ -108,10 +109,15 @@ def unwrapped(text: str) -> str:
 
 
 def linked(text: str) -> str:
-    """arXiv numbers as links; what Markdown would read as marks, escaped outside of code."""
+    """With ``cited``; what Markdown would read as marks is escaped outside of code."""
     pieces = re.split(r"(``[^`]+``|`[^`]+`)", text)
     pieces[::2] = [re.sub(r"([*_<>\[\]|])", r"\\\1", piece) for piece in pieces[::2]]
-    return re.sub(r"arXiv:(\d{4}\.\d{4,5})", r"[arXiv:\1](https://arxiv.org/abs/\1)", "".join(pieces))
+    return cited("".join(pieces))
+
+
+def cited(text: str) -> str:
+    """arXiv numbers as links."""
+    return re.sub(r"arXiv:(\d{4}\.\d{4,5})", r"[\g<0>](https://arxiv.org/abs/\1)", text)
 
 
 def facts_table(each: Ability, config: type[Config]) -> str:
