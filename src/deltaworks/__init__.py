@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from deltaworks.core.anatomy import anatomy
-    from deltaworks.core.board import rows, switch
+    from deltaworks.core.board import switch
     from deltaworks.core.delta import Delta, attach
     from deltaworks.core.errors import UserError
+    from deltaworks.core.mixing import rows
     from deltaworks.core.procedure import Procedure, Run
     from deltaworks.core.registry import Config, configure, methods, registry
     from deltaworks.store.checkpoint import load
@@ -22,9 +23,10 @@ __all__ = [
 # loaded when used: `deltaworks --help` must not wait for torch
 _HOMES = {
     "core.anatomy": ("anatomy",),
-    "core.board": ("rows", "switch"),
+    "core.board": ("switch",),
     "core.delta": ("Delta", "attach"),
     "core.errors": ("UserError",),
+    "core.mixing": ("rows",),
     "core.procedure": ("Procedure", "Run"),
     "core.registry": ("Config", "configure", "methods", "registry"),
     "store.checkpoint": ("load",),

@@ -7,13 +7,15 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from deltaworks.core.errors import UserError, nearest
 
 if TYPE_CHECKING:
+    from deltaworks.core.banks import Banks
     from deltaworks.core.cutting import Cut
     from deltaworks.core.delta import Delta
+    from deltaworks.core.mixing import Rows
 
 
 class Tap:
@@ -35,7 +37,7 @@ class Board:
     its base, the size of the base's weights.
 
     ``index`` holds the position of the acting adapter among ``deltas`` as a tensor, so that a compiled graph
-    reads it as data; ``rows`` maps the rows of a batch to positions in ``row_names`` (-1: none).
+    reads it as data; ``rows`` says who acts in each row of a batch, where ``banks`` hold low-rank factors for it.
     """
 
     def __init__(self) -> None:
@@ -44,8 +46,8 @@ class Board:
         self.active: tuple[str, ...] = ()
         self.single = False  # exactly one acts: ``index`` says which, and compiled graphs guard on nothing else
         self.index = torch.zeros(1, dtype=torch.long)
-        self.rows: Tensor | None = None
-        self.row_names: tuple[str, ...] = ()
+        self.rows: Rows | None = None
+        self.banks: Banks | None = None
         self.frozen: dict[str, bool] = {}  # requires_grad of the base before the first attach
         self.nesting: list[nn.Module] = []  # modules that made nested tensors before the first attach
         self.counting: list[nn.Module] = []  # modules with running statistics, which rest while adapters are there
@@ -139,29 +141,3 @@ def switch(model: nn.Module, names: str | Sequence[str] | None) -> None:
                 "so it cannot be summed with others: switch to one of them"
             )
     board.show(chosen)
-
-
-@contextmanager
-def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
-    """One adapter for each row of the batch: ``with dw.rows(model, ["support", None, "sales"]): model(**batch)``.
-
-    Adapters that are low-rank factors are applied as one batched product; other weight changes and operations
-    on single modules row by row. Raises UserError for unknown names and for adapters that cannot be mixed.
-    """
-    board = require_board(model)
-    board.check(names)
-    used = tuple(dict.fromkeys(name for name in names if name is not None))
-    for name in used:
-        delta = board.deltas[name]
-        if delta.merged:
-            raise UserError(f"adapter {name!r} is merged into the weights: unmerge it before mixing rows")
-        if limit := delta.limit("rows"):
-            raise UserError(f"adapter {name!r} cannot be one row of a mixed batch: {limit}")
-    before = board.rows, board.row_names
-    board.row_names = used
-    board.rows = torch.tensor([used.index(name) if name is not None else -1 for name in names])
-    try:
-        with board.fitted(used):
-            yield
-    finally:
-        board.rows, board.row_names = before

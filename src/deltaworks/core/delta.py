@@ -191,7 +191,7 @@ class Delta:
 
     def reshaped(self) -> None:
         """To be called after tensors changed their shapes: decides again what one compiled graph can serve."""
-        for path in self._paths():
+        for path in self.paths():
             module: Any = self.model.get_submodule(path)
             module._alike = alike(module)
 
@@ -237,7 +237,7 @@ class Delta:
         if self.merged:
             raise UserError(f"adapter {self.name!r} is merged already")
         self.board.fit((*self.board.wanted, self.name))
-        values = merging.merged_values(self.model, self._paths(), self.name)
+        values = merging.merged_values(self.model, self.paths(), self.name)
         merging.check_ties(self.anatomy.tied, values)
         self._before = merging.write(self.model, values, self.anatomy.tied, requantize=requantize)
         cost = merging.rounding(self.model, values)
@@ -252,7 +252,8 @@ class Delta:
                 dequantize(self.model)
         return cost
 
-    def _paths(self) -> list[str]:
+    def paths(self) -> list[str]:
+        """The modules where it has tuners."""
         return list(dict.fromkeys(place.path for item in self.attached for place, _ in item.all))
 
     def unmerge(self) -> None:

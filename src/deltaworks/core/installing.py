@@ -105,7 +105,9 @@ def uninstall(delta: Delta) -> None:
     board, model = delta.board, delta.model
     del board.deltas[delta.name]
     board.show(name for name in board.wanted if name != delta.name)
-    for path in delta._paths():
+    if board.banks is not None:
+        board.banks.forget(delta.name)
+    for path in delta.paths():
         module: Any = model.get_submodule(path)
         del module.deltas[delta.name]
         module._alike = alike(module)

@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from deltaworks.core import experts
-from deltaworks.core.errors import UserError
-from deltaworks.core.layers import at_strength
 from deltaworks.core.quantized import compute_dtype, is_quantized
 from deltaworks.core.trunks import run_trunk
 from deltaworks.core.weights import WEIGHT_KINDS, added, base_tensors, effective, low_rank
@@ -128,61 +126,6 @@ def run_light(module: nn.Module, tuner: Any, base: Callable[[Any], Tensor], x: A
     y = base(x)
     dropped = F.dropout(x, tuner.dropout, module.training) if tuner.dropout and x.is_floating_point() else x
     return added(place, y, low_rank(module, place, tuner.factors(), dropped).to(y.dtype))
-
-
-def run_rows(module: Any, run: Callable[..., Any], board: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
-    """A module with weight and one adapter per row of its input (dimension 0)."""
-    operation = Operation(run, args, kwargs)
-    x, rows = operation.x, board.rows
-    if x.shape[0] != rows.shape[0]:
-        raise UserError(f"dw.rows names {rows.shape[0]} rows but the batch that reached a layer has {x.shape[0]}")
-    deltas = module.deltas
-    chosen = [[at_strength(tuner) for tuner in deltas[name]] if name in deltas else [] for name in board.row_names]
-    y = operation(x)
-    if all(is_product(tuner) for tuners in chosen for tuner in tuners):
-        return operation.replaced(y + stacked_rows(chosen, rows.to(x.device), x, y))
-    pieces = list(y.unbind(0))
-    for position, tuners in enumerate(chosen):
-        members = (rows == position).nonzero().flatten().tolist()
-        if tuners and members:
-            part = run_weights(module, run, tuners, (x[members], *operation.rest), operation.kwargs)
-            part = part[0] if isinstance(part, tuple) else part
-            for place, row in enumerate(members):
-                pieces[row] = part[place]
-    return operation.replaced(torch.stack(pieces))
-
-
-def is_product(tuner: Any) -> bool:
-    """Whether a tuner can be one slice of a batched low-rank product."""
-    return tuner.form() == 1 and tuner.place.kind in ("linear", "conv1d") and not (tuner.dropout and tuner.training)
-
-
-def stacked_rows(chosen: list[list[Any]], rows: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """The low-rank changes of a mixed batch as two batched products: x [batch, ..., in], y [batch, ..., out]."""
-    ranks = [sum(tuner.factors().A.shape[0] for tuner in tuners) for tuners in chosen]
-    rank = max([*ranks, 1])
-    A = x.new_zeros(len(chosen) + 1, rank, x.shape[-1])
-    B = x.new_zeros(len(chosen) + 1, y.shape[-1], rank)
-    banks_A, banks_B = list(A.unbind(0)), list(B.unbind(0))
-    for position, tuners in enumerate(chosen):
-        if tuners:
-            parts = [(tuner.place, *tuner.factors()) for tuner in tuners]
-            down = torch.cat([a.to(x.dtype) for _, a, _, _ in parts])
-            up = torch.cat(
-                [
-                    F.pad((b * scale).to(x.dtype), (0, 0, place.part[0], y.shape[-1] - place.part[1]))
-                    if place.part
-                    else (b * scale).to(x.dtype)
-                    for place, _, b, scale in parts
-                ],
-                dim=1,
-            )
-            missing = rank - down.shape[0]
-            banks_A[position] = F.pad(down, (0, 0, 0, missing))
-            banks_B[position] = F.pad(up, (0, missing))
-    flat = x.reshape(x.shape[0], -1, x.shape[-1])
-    inner = torch.bmm(flat, torch.stack(banks_A)[rows].transpose(1, 2))  # [batch, tokens, rank]
-    return torch.bmm(inner, torch.stack(banks_B)[rows].transpose(1, 2)).view(y.shape)
 
 
 def run_around(module: Any, run: Callable[..., Any], tuners: list[Any], args: tuple[Any, ...], kwargs: Any) -> Any:

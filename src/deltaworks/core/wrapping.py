@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from deltaworks.core.attention import ConfigView
 from deltaworks.core.board import Board, Tap
+from deltaworks.core.mixing import run_rows
 from deltaworks.core.quantized import is_quantized, product, steady
-from deltaworks.core.running import RUNNERS, run_rows
+from deltaworks.core.running import RUNNERS
 from deltaworks.core.showing import acting, shown
 from deltaworks.core.trunks import widened
 
@@ -40,8 +41,7 @@ def forward_wrapped(module: Any, run: Callable[..., Any], args: tuple[Any, ...],
         run = functools.partial(product, module, run)
     board: Board = module._board
     if board.rows is not None:
-        named = any(name in module.deltas for name in board.row_names)
-        output = run_rows(module, run, board, args, kwargs) if named else run(*args, **kwargs)
+        output = run_rows(module, run, board, args, kwargs)
     else:
         tuners = acting(module)
         for kinds, runner in RUNNERS:
@@ -128,6 +128,7 @@ def wrap(module: Any, board: Board) -> None:
         "_plain_class": plain,
         "_taps": [],
         "_alike": False,
+        "_bank": None,
         "_widens": False,
         "_reads": [],
         "_keeps_inserted": False,
@@ -152,7 +153,7 @@ def wrap(module: Any, board: Board) -> None:
 def stand_in(new: Any, module: Any) -> None:
     """Let a module that takes the place of a wrapped one have its tuners too."""
     wrap(new, module._board)
-    new.deltas, new._taps, new._alike = module.deltas, module._taps, module._alike
+    new.deltas, new._taps, new._alike, new._bank = module.deltas, module._taps, module._alike, module._bank
 
 
 def unwrap(module: Any) -> None:
@@ -176,6 +177,7 @@ STATE = (
     "_plain_class",
     "_taps",
     "_alike",
+    "_bank",
     "_widens",
     "_reads",
     "_keeps_inserted",
