@@ -21,6 +21,7 @@ from deltaworks.core.quantized import is_quantized
 from deltaworks.core.replacing import base_dtype
 
 if TYPE_CHECKING:
+    from deltaworks.core.building import Attached
     from deltaworks.core.delta import Delta
 
 
@@ -120,18 +121,20 @@ class Entry:
     def __init__(self, delta: Delta, slot: int) -> None:
         self.delta, self.slot = delta, slot
         self.banks: list[Bank] = []
+        self.attached: list[Attached] = []
         self.tuners: list[tuple[Any, float]] = []
-        self.held: list[tuple[dict[str, Any], list[tuple[str, Any, Any]]]] | None = None  # nothing was copied yet
+        self.held: list[tuple[dict[str, Any], list[tuple[str, Any, Any]]]] = []
 
     def note(self) -> None:
         """Remember the tensors as they are now."""
+        self.attached = self.delta.attached
         self.tuners = [(tuner, tuner.strength) for tuner in self.delta.tuners()]
         homes = (home for tuner, _ in self.tuners for m in tuner.modules() for home in (m._parameters, m._buffers))
         self.held = [(home, [(key, value, _state(value)) for key, value in home.items()]) for home in homes if home]
 
     def is_current(self) -> bool:
         """Whether no tensor was replaced or changed since."""
-        if self.held is None:
+        if self.attached is not self.delta.attached:
             return False
         for home, values in self.held:
             if len(home) != len(values):
