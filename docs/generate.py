@@ -111,7 +111,7 @@ def unwrapped(text: str) -> str:
 def linked(text: str) -> str:
     """With ``cited``; what Markdown would read as marks is escaped outside of code."""
     pieces = re.split(r"(``[^`]+``|`[^`]+`)", text)
-    pieces[::2] = [re.sub(r"([*_<>\[\]|])", r"\\\1", piece) for piece in pieces[::2]]
+    pieces[::2] = [re.sub(r"([*_<>{}\[\]|])", r"\\\1", piece) for piece in pieces[::2]]
     return cited("".join(pieces))
 
 

@@ -149,6 +149,7 @@ def test_every_key_of_a_recipe_is_in_the_reference(generate: ModuleType) -> None
 
     page = generate.recipes_page()
     assert all(f"| `{key}` |" in page for key in Recipe.model_fields)
+    assert r"a template with \{columns\}" in page  # unescaped braces at the end of a cell are attributes
 
 
 def test_every_format_and_type_of_peft_is_in_the_reference(generate: ModuleType) -> None:
