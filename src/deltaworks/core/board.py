@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from deltaworks.core.errors import UserError, nearest
+from deltaworks.core.paths import join
 
 if TYPE_CHECKING:
     from deltaworks.core.banks import Banks
@@ -106,9 +107,33 @@ class Board:
                 raise UserError(f"no adapter is called {name!r} here: {nearest(str(name), self.deltas)}")
 
 
+def base_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Path and module of everything in a model but its adapters, each module once, as ``named_modules`` has them."""
+    waiting: list[tuple[str, Any]] = [("", model)]
+    seen: set[int] = set()
+    while waiting:
+        path, module = waiting.pop()
+        if id(module) not in seen:
+            seen.add(id(module))
+            own = "deltas" if "_board" in module.__dict__ else None
+            held = ((name, child) for name, child in module._modules.items() if name != own and child is not None)
+            waiting += reversed([(join(path, name), child) for name, child in held])
+            yield path, module
+
+
+def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Name and parameter of everything in a model but its adapters, each parameter once."""
+    seen: set[int] = set()
+    for path, module in base_modules(model):
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield join(path, name), parameter
+
+
 def board_of(model: nn.Module) -> Board | None:
     """The board of a model that has adapters (found on any of its modules), else None."""
-    for module in model.modules():
+    for _, module in base_modules(model):
         board = module.__dict__.get("_board")
         if board is not None:
             return board

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from deltaworks.core import merging
 from deltaworks.core.anatomy import Anatomy, anatomy
-from deltaworks.core.board import Board, Tap, board_of
+from deltaworks.core.board import Board, Tap, base_parameters, board_of
 from deltaworks.core.building import Attached, Builder
 from deltaworks.core.cutting import Cut, cut_tensors, shrink_as
 from deltaworks.core.errors import UserError
 from deltaworks.core.forms import Tuner
-from deltaworks.core.installing import alike, install, uninstall
+from deltaworks.core.installing import install, note_kinds, uninstall
 from deltaworks.core.marks import base_marks
 from deltaworks.core.places import sees_whole_batch
 from deltaworks.core.procedure import Procedure, Procedures
@@ -62,7 +62,7 @@ def attach(
         raise UserError(f"an adapter called {name!r} is there already: detach it or give another name=")
     if any(delta.merged for delta in board.deltas.values()):
         raise UserError("an adapter is merged into the weights: unmerge it before attaching another one")
-    if any(map(is_partitioned, model.parameters())):
+    if any(is_partitioned(parameter) for _, parameter in base_parameters(model)):
         raise UserError("DeepSpeed has partitioned the model already: load it before the training arguments are made")
     also = [also] if isinstance(also, str) else list(also)
     with board.whole():
@@ -187,13 +187,13 @@ class Delta:
                     item.tuner.restore(owned[item.key])
             except UserError as error:
                 raise UserError(f"the checkpoint does not fit {item.key!r}: {error}") from None
-        self.reshaped()
+        if loose:
+            self.reshaped()
 
     def reshaped(self) -> None:
         """To be called after tensors changed their shapes: decides again what one compiled graph can serve."""
         for path in self.paths():
-            module: Any = self.model.get_submodule(path)
-            module._alike = alike(module)
+            note_kinds(self.model.get_submodule(path), self.name)
 
     # ------------------------------------------------------------------ what can be done with it
 

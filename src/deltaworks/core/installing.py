@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from deltaworks.core.board import Board, Tap
-from deltaworks.core.forms import Tuner
+from deltaworks.core.board import Board, Tap, base_modules
 from deltaworks.core.matrices import is_read
 from deltaworks.core.paths import parent_of
 from deltaworks.core.places import Place
@@ -110,8 +110,8 @@ def uninstall(delta: Delta) -> None:
     for path in delta.paths():
         module: Any = model.get_submodule(path)
         del module.deltas[delta.name]
-        module._alike = alike(module)
-    wrapped: list[Any] = [module for module in model.modules() if is_wrapped(module)]
+        note_kinds(module, delta.name)
+    wrapped: list[Any] = [module for _, module in base_modules(model) if is_wrapped(module)]
     taps = {id(tap) for _, tap in delta._taps}
     for module in wrapped:
         if "_entry_tap" in module.__dict__ and not len(module.deltas):
@@ -131,14 +131,19 @@ def uninstall(delta: Delta) -> None:
             module.train(model.training)
 
 
-def alike(module: Any) -> bool:
-    """Whether all adapters of a module have tuners of the same shape, so that one graph can serve them."""
-    if len(module.deltas) < 2:
-        return True
-    kinds = [[_signature(tuner) for tuner in tuners] for tuners in module.deltas.values()]
-    return all(kind == kinds[0] for kind in kinds[1:])
+def note_kinds(module: Any, name: str) -> None:
+    """Note what tuners an adapter has at a module. Where all adapters have the same, one graph can serve them."""
+    for kind, names in list(module._kinds.items()):
+        names.discard(name)
+        if not names:
+            del module._kinds[kind]
+    if name in module.deltas:
+        module._kinds.setdefault(tuple(map(_kind, module.deltas[name])), set()).add(name)
+    module._alike = len(module._kinds) < 2
 
 
-def _signature(tuner: Tuner) -> tuple[Any, ...]:
-    shapes = [(name, tensor.shape) for name, tensor in (*tuner.named_parameters(), *tuner.named_buffers())]
-    return (type(tuner), tuner.place, tuner.config, shapes, tuner.constants())
+def _kind(tuner: Any) -> Hashable:
+    """Everything that a graph takes as fixed."""
+    homes = (home for module in tuner.modules() for home in (module._parameters, module._buffers))
+    shapes = tuple((name, value.shape) for home in homes for name, value in home.items() if value is not None)
+    return (type(tuner), tuner.place, repr(tuner.config), shapes, tuner.constants())

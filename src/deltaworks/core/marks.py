@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from deltaworks.core.board import base_parameters
 from deltaworks.core.quantized import is_coded
 from deltaworks.core.sharding import is_dtensor, size_of
 
@@ -16,14 +17,9 @@ def base_marks(delta: Delta) -> dict[str, Any]:
 
     They are taken when the adapter is attached: later the base may be merged into, or sharded.
     """
-    own = {id(parameter) for each in delta.board.deltas.values() for parameter in each.parameters()}
-    replaced = {f"{i.place.path}." for i in delta.attached if i.member >= len(delta.members)}
+    replaced = tuple({f"{i.place.path}." for i in delta.attached if i.member >= len(delta.members)})
     with delta.board.whole():
-        base = [
-            (name, parameter)
-            for name, parameter in delta.model.named_parameters()
-            if id(parameter) not in own and ".deltas." not in name and not any(name.startswith(r) for r in replaced)
-        ]
+        base = [each for each in base_parameters(delta.model) if not each[0].startswith(replaced)]
     plain = [(name, parameter) for name, parameter in base if not is_coded(parameter)]  # the same in every quantization
     chosen = plain[:: max(1, len(plain) // 8)][:8]
     values = {}

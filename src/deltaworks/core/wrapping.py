@@ -128,6 +128,7 @@ def wrap(module: Any, board: Board) -> None:
         "_plain_class": plain,
         "_taps": [],
         "_alike": False,
+        "_kinds": {},
         "_bank": None,
         "_widens": False,
         "_reads": [],
@@ -153,7 +154,9 @@ def wrap(module: Any, board: Board) -> None:
 def stand_in(new: Any, module: Any) -> None:
     """Let a module that takes the place of a wrapped one have its tuners too."""
     wrap(new, module._board)
-    new.deltas, new._taps, new._alike, new._bank = module.deltas, module._taps, module._alike, module._bank
+    new.deltas = module.deltas
+    for name in ("_taps", "_alike", "_kinds", "_bank"):
+        new.__dict__[name] = module.__dict__[name]
 
 
 def unwrap(module: Any) -> None:
@@ -177,6 +180,7 @@ STATE = (
     "_plain_class",
     "_taps",
     "_alike",
+    "_kinds",
     "_bank",
     "_widens",
     "_reads",
