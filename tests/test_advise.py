@@ -238,7 +238,7 @@ def test_large_models_get_the_rates_of_large_models() -> None:
         ("40GB", {"dtype": "float32"}),
         ("20GB", {"dtype": "bfloat16"}),
         ("13GB", {"dtype": "bfloat16", "quantize": "nf4"}),
-        ("5.2GB", {"dtype": "bfloat16", "quantize": "nf4", "checkpointing": True}),
+        ("5.2GB", {"dtype": "bfloat16", "quantize": "nf4", "checkpointing": "block"}),
     ],
 )
 def test_memory_is_saved_only_as_far_as_it_must(memory: str, settings: dict[str, Any]) -> None:

@@ -21,8 +21,8 @@ from deltaworks.advise.values import GOLDEN, Chosen, Normal, spread
 from deltaworks.core.delta import Delta, attach
 from deltaworks.core.errors import UserError
 from deltaworks.core.procedure import Run
+from deltaworks.train.checkpointing import checkpointed
 from deltaworks.train.measure import _LiveBytes, model_bytes, optimizer_bytes, step_memory
-from deltaworks.train.stage import checkpointed
 
 BERT = {
     "model_type": "bert", "vocab_size": 200, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
@@ -116,19 +116,21 @@ def test_a_rehearsal_holds_what_the_run_holds(method: str, family: str, request:
         assert found.stored_bytes == sum(t.numel() * t.element_size() for t in delta.tensors().values())
 
 
-@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("again", [None, "block", "selective"])
 @pytest.mark.parametrize("family", ["bert", "llama"])
-def test_saved_activations_are_those_of_a_real_pass(family: str, again: bool, request: pytest.FixtureRequest) -> None:
+def test_saved_activations_are_those_of_a_real_pass(
+    family: str, again: str | None, request: pytest.FixtureRequest
+) -> None:
     """BERT's attention has dropout, so that the CPU takes the plain products; Llama's takes the fused kernel."""
     folder = request.getfixturevalue(family)
     model, batch, head = real(folder)
-    if again:
-        checkpointed(model)
-    attach(model, "lora", also=head)
+    delta = attach(model, "lora", also=head)
     own = {id(p) for p in model.parameters()}
     assert own
     found = plan(folder, checkpointing=again)
-    assert found.activation_bytes == pytest.approx(step_memory(model, lambda: loss_of(model, batch)).saved, rel=0.01)
+    with checkpointed(delta, again):
+        saved = step_memory(model, lambda: loss_of(model, batch)).saved
+    assert found.activation_bytes == pytest.approx(saved, rel=0.02)  # the last tokens of rows predict nothing
 
 
 def test_scratch_memory_of_kernels_counts(bert: str) -> None:
@@ -161,10 +163,15 @@ def test_floating_point_operations_in_closed_form(llama: str) -> None:
 
 
 def test_checkpointing_trades_arithmetic_for_memory(llama: str) -> None:
-    plain, again = plan(llama), plan(llama, checkpointing=True)
+    plain, half, again = (plan(llama, checkpointing=kind) for kind in (None, "selective", "block"))
     assert again.activation_bytes < 0.6 * plain.activation_bytes
-    assert again.peak_bytes < plain.peak_bytes
+    assert again.peak_bytes < half.peak_bytes < plain.peak_bytes
     assert 1.2 < again.flops / plain.flops < 1.6
+    assert again.flops - half.flops == pytest.approx(half.flops - plain.flops, rel=0.2)
+    away = plan(llama, checkpointing="offload", hardware="rtx-4090")
+    there = plan(llama, checkpointing="block", hardware="rtx-4090")
+    hidden = 4 * ROWS * LENGTH * 64  # the input of the second block; that of the first asks for no gradient
+    assert there.activation_bytes - away.activation_bytes == hidden
 
 
 def test_kernels_of_an_accelerator_save_other_tensors(bert: str) -> None:
@@ -290,7 +297,7 @@ def test_it_says_whether_it_fits(bert: str) -> None:
     large = estimate(bert, "lora", batch=100_000, length=64, hardware="rtx-3060")
     assert not large.fits
     assert verdict(large).startswith("does not fit in 12.0 GB (rtx-3060)")
-    assert "--quantize nf4, --checkpointing or a smaller --batch or --length" in verdict(large)
+    assert "--quantize nf4, --checkpointing block or a smaller --batch or --length" in verdict(large)
 
 
 def test_on_the_command_line(llama: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -144,7 +144,9 @@ def plan(
     double_quantization: Annotated[
         bool, typer.Option("--double-quantization/--single-quantization", help="of the scales of nf4 and fp4")
     ] = True,
-    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="compute blocks again to save memory")] = False,
+    checkpointing: Annotated[
+        str | None, typer.Option(help="compute blocks again to save memory: block, selective or offload")
+    ] = None,
     hardware: Annotated[
         str | None, typer.Option(help="a name such as rtx-4090; default: this machine; here: measure it anew")
     ] = None,

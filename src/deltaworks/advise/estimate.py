@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from deltaworks.advise.bodies import build, check_length
 from deltaworks.advise.hardware import find_hardware
 from deltaworks.advise.quantized import quantize as quantize_body
@@ -11,6 +13,7 @@ from deltaworks.advise.rehearsal import rehearse
 from deltaworks.core.errors import UserError
 from deltaworks.core.quantized import entries
 from deltaworks.core.registry import configure
+from deltaworks.train.checkpointing import check_kind
 
 SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -41,7 +44,7 @@ class Estimate:
     length: int
     dtype: str
     quantize: str | None
-    checkpointing: bool
+    checkpointing: str | None
     parameters: int
     trainable: int
     head: int
@@ -77,7 +80,7 @@ def estimate(
     dtype: str = "float32",
     quantize: str | None = None,
     double_quantization: bool = True,
-    checkpointing: bool = False,
+    checkpointing: str | None = None,
     hardware: str | None = None,
     labels: int = 2,
 ) -> Estimate:
@@ -92,7 +95,7 @@ def estimate(
         dtype: Of the base weights and of the arithmetic: "float32", "bfloat16", "float16" or "bf16" and the like.
         quantize: "nf4", "fp4", "int8", "int8wo" or "int4wo" for the linear layers in the blocks of the base.
         double_quantization: Whether the scales of nf4 and fp4 are quantized too.
-        checkpointing: Whether blocks are computed again in the backward pass.
+        checkpointing: Which blocks are computed again in the backward pass: "block", "selective" or "offload".
         hardware: A name of the table; default: this machine, as it was measured once ("here": measured now).
         labels: Number of classes.
 
@@ -104,17 +107,13 @@ def estimate(
             raise UserError(f"{what}={value} is none: give at least 1")
     dtype = SHORT.get(dtype, dtype)
     config, machine = configure(method), find_hardware(hardware)
+    check_kind(checkpointing, torch.device(machine.device))
     body = build(model, task, max(2, labels), dtype)
     check_length(body, length)
-    if checkpointing:
-        from deltaworks.train.stage import checkpointed
-
-        checkpointed(body.model)
-        body.model.config.use_cache = False  # type: ignore[union-attr]  # blocks that are computed again fill none
     if quantize is not None:
         quantize_body(body, quantize, double_quantization)
     parameters = sum(map(entries, body.model.parameters()))
-    run = rehearse(body, config, batch, length, machine.device)
+    run = rehearse(body, config, batch, length, machine.device, checkpointing)
     phase = max(run.peaks, key=lambda name: run.peaks[name])
     step, forward = (machine.seconds(each, dtype) for each in (run.training, run.inference))
     return Estimate(

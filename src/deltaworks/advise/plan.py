@@ -10,6 +10,11 @@ from deltaworks.compare.wording import show_bytes, show_count, show_seconds, sho
 
 CAUTION = "An estimate: rows are full, what a method chooses by values is spread evenly, and the time is a roofline."
 
+AGAIN = {
+    "block": "blocks computed again",
+    "selective": "every second block computed again",
+    "offload": "blocks computed again from inputs in the host's memory",
+}
 FLOPS = ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"))
 
 
@@ -24,7 +29,7 @@ def verdict(found: Estimate) -> str:
     if found.fits:
         return f"fits in {room} ({found.hardware}): {peak} at the peak, in {found.peak_phase}"
     mends = [] if found.quantize else ["--quantize nf4"]
-    mends += [] if found.checkpointing else ["--checkpointing"]
+    mends += [] if found.checkpointing else ["--checkpointing block"]
     mends += ["a smaller --batch or --length"] if found.batch > 1 else ["a shorter --length"]
     return (
         f"does not fit in {room} ({found.hardware}): {peak} at the peak, in {found.peak_phase}; "
@@ -41,7 +46,7 @@ def show_flops(count: int) -> str:
 def as_text(found: Estimate) -> str:
     """A table and a verdict."""
     quantized = f", base in {found.quantize}" if found.quantize else ""
-    again = ", blocks computed again" if found.checkpointing else ""
+    again = f", {AGAIN[found.checkpointing]}" if found.checkpointing else ""
     shape = f"{found.batch}" if found.task == "images" else f"{found.batch} x {found.length}"
     head = f", and {show_count(found.head)} of the fresh head" if found.head else ""
     rows = {

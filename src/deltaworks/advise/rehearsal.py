@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from deltaworks.advise.bodies import Body, batch_for
 from deltaworks.advise.kernels import Kernels
@@ -24,6 +25,7 @@ from deltaworks.core.procedure import Run
 from deltaworks.core.quantized import storages
 from deltaworks.core.registry import Config
 from deltaworks.train import measure
+from deltaworks.train.checkpointing import checkpointed
 
 STEPS = 3  # the second is the first with an optimizer's state; methods that turn half-way do it at the third at last
 BATCHES = 2  # that a calibration sees: its peak is that of the second
@@ -92,21 +94,28 @@ class Batches:
 
 def loss_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """The loss of a batch, as the tasks compute it."""
-    from deltaworks.train.tasks import _logits, _reads_labels
+    from deltaworks.train.tasks import training_loss
 
-    inputs = batch if _reads_labels(model) else {key: value for key, value in batch.items() if key != "labels"}
-    output = model(**inputs)
-    loss = getattr(output, "loss", None)
-    if loss is None:
-        logits, labels = _logits(output), batch["labels"]
-        loss = F.cross_entropy(logits.reshape(labels.numel(), -1).float(), labels.reshape(-1))
-    return loss
+    def of_logits(logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits.reshape(labels.numel(), -1).float(), labels.reshape(-1))
+
+    return training_loss(model, batch, of_logits)
 
 
-def rehearse(body: Body, config: Config, rows: int, length: int, device: str) -> Rehearsal:
+def in_host_memory() -> saved_tensors_hooks:
+    """Saved tensors that take none of the device's memory while they wait."""
+    return saved_tensors_hooks(
+        lambda tensor: (tensor.shape, tensor.stride(), tensor.dtype),
+        lambda kept: torch.empty_strided(*kept[:2], dtype=kept[2], device="meta"),
+    )
+
+
+def rehearse(
+    body: Body, config: Config, rows: int, length: int, device: str, checkpointing: str | None = None
+) -> Rehearsal:
     """Attach, calibrate, train a few steps and end, without values; ``device`` is "cpu" or "cuda".
 
-    Raises UserError where the method does not fit the model.
+    ``checkpointing`` is the recipe's. Raises UserError where the method does not fit the model.
     """
     model, phantom, found = body.model, Phantom(device), Rehearsal()
     found.weights = measure.model_bytes(model)
@@ -121,16 +130,17 @@ def rehearse(body: Body, config: Config, rows: int, length: int, device: str) ->
     with Kernels(device, phantom), phantom:
         delta = attach(model, config, also=body.head)
         found.peaks["attaching"] = phantom.turn()
-        batches = Batches(body, rows, length)
-        delta.procedure.begin(Run(STEPS, batches, loss_of, Batches(body, 1, length)))
-        found.peaks["calibration"] = phantom.turn()
-        count(delta, body, found)
-        batch = next(iter(batches))
-        found.saved = measure.step_memory(model, lambda: loss_of(model, batch)).saved
-        phantom.turn()
-        train(delta, batch, phantom, found)
-        found.peaks["training"] = phantom.turn()
-        delta.procedure.end()
+        with checkpointed(delta, checkpointing, in_host_memory):
+            batches = Batches(body, rows, length)
+            delta.procedure.begin(Run(STEPS, batches, loss_of, Batches(body, 1, length)))
+            found.peaks["calibration"] = phantom.turn()
+            count(delta, body, found)
+            batch = next(iter(batches))
+            found.saved = measure.step_memory(model, lambda: loss_of(model, batch)).saved
+            phantom.turn()
+            train(delta, batch, phantom, found)
+            found.peaks["training"] = phantom.turn()
+            delta.procedure.end()
         found.stored = sum(tensor.numel() * tensor.element_size() for tensor in delta.tensors().values())
         phantom.operations.clear()
         with torch.no_grad(), evaluating(model):

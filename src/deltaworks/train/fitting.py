@@ -63,39 +63,45 @@ def never(point: int, score: float) -> bool:
 
 def fit(stage: Stage, delta: Delta, trial: Attempt, tell: Tell, stops: Stops = never) -> None:
     """Train one adapter at one rate, to the end or until it ``stops``; what happened goes into ``trial``."""
-    model, team = stage.model, stage.team
+    model = stage.model
     model.train()
     try:
-        delta.procedure.begin(Run(stage.steps, Batches(stage), stage.loss, Batches(stage, one_by_one=True)))
-        team.unite(delta)
-        shares = (stage.task.collate(team.share(examples)) for examples in islice(stage.batches(), PROBED_BATCHES))
-        longest = max(shares, key=lambda batch: max(map(Tensor.numel, batch.values())))
-        memory = measure.step_memory(model, lambda: stage.loss(model, longest))
-        if stage.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(stage.device)
-        optimizer = _steps(stage, delta, trial, tell, stops)
-        trial.activations = memory.saved
-        trial.peak_memory = (
-            torch.cuda.max_memory_allocated(stage.device)
-            if stage.device.type == "cuda"
-            else measure.model_bytes(model) + measure.optimizer_bytes(optimizer) + memory.peak
-        )
-        if trial.stopped_at is not None:
-            return
-        delta.procedure.end()
-        if not all(bool(torch.isfinite(parameter).all()) for parameter in delta.parameters()):
-            raise _DivergedError("a trained value is not finite after the last step")
-        if stage.validation:
-            outcome = team.of_main(lambda: stage.evaluate(stage.validation))
-            if not math.isfinite(outcome["loss"]):
-                raise _DivergedError("the validation loss is not finite after the last step")
-            trial.score = outcome["score"]
+        with stage.lean(delta):
+            _fit(stage, delta, trial, tell, stops)
     except (_DivergedError, torch.linalg.LinAlgError) as error:  # a matrix that has become too wild to decompose
         trial.diverged = f"{error} (learning rate {trial.rate:g})"
     finally:
         model.eval()
         for parameter in delta.parameters():
             parameter.grad = None
+
+
+def _fit(stage: Stage, delta: Delta, trial: Attempt, tell: Tell, stops: Stops) -> None:
+    model, team = stage.model, stage.team
+    delta.procedure.begin(Run(stage.steps, Batches(stage), stage.loss, Batches(stage, one_by_one=True)))
+    team.unite(delta)
+    shares = (stage.task.collate(team.share(examples)) for examples in islice(stage.batches(), PROBED_BATCHES))
+    longest = max(shares, key=lambda batch: max(map(Tensor.numel, batch.values())))
+    memory = measure.step_memory(model, lambda: stage.loss(model, longest))
+    if stage.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(stage.device)
+    optimizer = _steps(stage, delta, trial, tell, stops)
+    trial.activations = memory.saved
+    trial.peak_memory = (
+        torch.cuda.max_memory_allocated(stage.device)
+        if stage.device.type == "cuda"
+        else measure.model_bytes(model) + measure.optimizer_bytes(optimizer) + memory.peak
+    )
+    if trial.stopped_at is not None:
+        return
+    delta.procedure.end()
+    if not all(bool(torch.isfinite(parameter).all()) for parameter in delta.parameters()):
+        raise _DivergedError("a trained value is not finite after the last step")
+    if stage.validation:
+        outcome = team.of_main(lambda: stage.evaluate(stage.validation))
+        if not math.isfinite(outcome["loss"]):
+            raise _DivergedError("the validation loss is not finite after the last step")
+        trial.score = outcome["score"]
 
 
 def _steps(stage: Stage, delta: Delta, trial: Attempt, tell: Tell, stops: Stops) -> torch.optim.Optimizer:

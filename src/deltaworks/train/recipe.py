@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from deltaworks.core.errors import UserError, nearest
 from deltaworks.core.registry import Config, configure
@@ -15,6 +15,10 @@ from deltaworks.train.quantizing import Form, Quantization
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Whole = Annotated[int, Field(ge=1)]
+Checkpointing = Annotated[
+    Literal[False, "block", "selective", "offload"],
+    BeforeValidator(lambda given: "block" if given is True else given or False),
+]
 Settings = TypeVar("Settings", bound=BaseModel)
 
 
@@ -69,7 +73,9 @@ class Recipe(BaseModel):
     )
     double_quantization: bool = Field(True, description="quantize the scales of nf4 and fp4 too")
     bfloat16: bool = Field(False, description="compute in bfloat16 by autocast")
-    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
+    gradient_checkpointing: Checkpointing = Field(
+        False, description="compute activations again in the backward pass: block (or true), selective or offload"
+    )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:1")
     threads: Whole | None = Field(None, description="threads of the processor; default: torch's choice")
     curve_points: Whole = Field(10, description="validation scores taken during training")

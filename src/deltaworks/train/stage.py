@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
@@ -16,6 +16,7 @@ from deltaworks.core.delta import Delta, attach
 from deltaworks.core.errors import UserError
 from deltaworks.core.registry import Config
 from deltaworks.train.batching import Encoded, batches
+from deltaworks.train.checkpointing import check_kind, checkpointed
 from deltaworks.train.data import Data, load_data
 from deltaworks.train.devices import Team
 from deltaworks.train.forgetting import Probe, probe_of
@@ -72,6 +73,12 @@ class Stage:
         with self.arithmetic():
             return self.task.loss_of(model, batch)
 
+    @contextmanager
+    def lean(self, delta: Delta) -> Iterator[None]:
+        """What the recipe asks for to save memory and time in training, while inside."""
+        with checkpointed(delta, self.recipe.gradient_checkpointing):
+            yield
+
     def arithmetic(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.bfloat16) if self.recipe.bfloat16 else nullcontext()
 
@@ -108,6 +115,7 @@ def prepare(recipe: Recipe, data: Data | None = None, team: Team | None = None) 
     config = recipe.config()
     team = team or Team()
     device = team.device or device_of(recipe.device)
+    check_kind(recipe.gradient_checkpointing, device)
     if recipe.batch_size < team.size:
         raise UserError(f"batch_size={recipe.batch_size} leaves some of {team.size} processes nothing: raise it")
     if recipe.threads is not None:
@@ -124,8 +132,6 @@ def prepare(recipe: Recipe, data: Data | None = None, team: Team | None = None) 
         quantization=recipe.quantization, device=device,
     )  # fmt: skip
     loaded.model.to(device)
-    if recipe.gradient_checkpointing:
-        checkpointed(loaded.model)
     task = make_task(data.task, loaded.processor, recipe.max_length, recipe.target_length)
     check_score(recipe, task, data.columns)
     train, validation, test = (task.encode(rows) for rows in (data.train, data.validation, data.test))
@@ -159,12 +165,3 @@ def device_of(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"the device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
     return device
-
-
-def checkpointed(model: Any) -> None:
-    """Let a model recompute its activations. Raises UserError where it cannot."""
-    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")  # the second: before transformers 5.23
-    enable = next((getattr(model, name) for name in names if hasattr(model, name)), None)
-    if enable is None:
-        raise UserError(f"{type(model).__name__} has no gradient checkpointing: leave gradient_checkpointing out")
-    enable({"use_reentrant": False})

@@ -2,7 +2,7 @@
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from deltaworks.core.calibration import evaluating
 from deltaworks.core.errors import UserError, nearest
 from deltaworks.train.batching import Encoded, batches, length_of
+from deltaworks.train.losses import IGNORED, frozen_head
 from deltaworks.train.scores import classification_scores, token_scores
 
 __all__ = ["IGNORED", "TASKS", "Encoded", "Task", "batches", "make_task"]
 
-IGNORED = -100  # a label that no loss and no score counts
 PAD_MULTIPLE = 8  # tokens; matrix units work in multiples of 8
 
 
@@ -57,12 +57,7 @@ class Task(ABC):
 
     def loss_of(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """The mean loss of a batch in nats; a model's own auxiliary losses are included. May be NaN."""
-        inputs = _on_device_of(model, batch)
-        if not _reads_labels(model):
-            inputs = {key: value for key, value in inputs.items() if key != "labels"}
-        output = model(**inputs)
-        loss = getattr(output, "loss", None)
-        return loss if loss is not None else self._loss(_logits(output), batch["labels"])
+        return training_loss(model, _on_device_of(model, batch), self._loss)
 
     def evaluate(self, model: nn.Module, encoded: Sequence[Encoded], batch_size: int = 32) -> dict[str, Any]:
         """Scores without dropout and gradients; the modules' training modes are restored.
@@ -308,6 +303,18 @@ def make_task(name: str, processor: Any, max_length: int = 256, target_length: i
             f"the task {name!r} needs a tokenizer or picture scaler; set it as the attribute 'processor' of the model"
         )
     return TASKS[name](processor, max_length, target_length)
+
+
+def training_loss(model: nn.Module, batch: dict[str, Tensor], of_logits: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """The mean loss that a model computes for itself, by a frozen head in chunks, or else that of logits and labels."""
+    if not _reads_labels(model):
+        return of_logits(
+            _logits(model(**{key: value for key, value in batch.items() if key != "labels"})), batch["labels"]
+        )
+    with frozen_head(model):
+        output = model(**batch)
+    loss = getattr(output, "loss", None)
+    return loss if loss is not None else of_logits(_logits(output), batch["labels"])
 
 
 def _reads_labels(model: nn.Module) -> bool:

@@ -13,7 +13,7 @@ import functools
 import inspect
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -29,6 +29,7 @@ from deltaworks.core.sharding import is_sharded, whole
 from deltaworks.core.showing import shown
 from deltaworks.store.checkpoint import resume
 from deltaworks.train.devices import Team
+from deltaworks.train.losses import frozen_head
 from deltaworks.train.progress import show_bars
 from deltaworks.train.reference import Reference
 from deltaworks.train.sharding import decides, keep_whole, needs_whole
@@ -131,7 +132,7 @@ class DeltaTrainerMixin(Base):
         loss_of_trainer = super().compute_loss
 
         def loss_of(model: Any, batch: Any) -> Tensor:
-            with self.compute_loss_context_manager():
+            with self.compute_loss_context_manager(), self._head(model, batch):
                 loss = loss_of_trainer(model, self._prepare_inputs(batch))
             assert isinstance(loss, Tensor)
             return loss
@@ -143,7 +144,8 @@ class DeltaTrainerMixin(Base):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The trainer's loss; in training with the procedure's own terms, averaged over accumulation steps."""
-        result: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        with self._head(model, inputs, return_outputs):
+            result: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not model.training:
             return result
         loss, outputs = result if return_outputs else (result, None)
@@ -151,6 +153,14 @@ class DeltaTrainerMixin(Base):
         if full is not loss and self._is_scaled(num_items_in_batch):
             full = loss + (full - loss) / self.current_gradient_accumulation_steps
         return (full, outputs) if return_outputs else full
+
+    def _head(self, model: Any, inputs: Any, return_outputs: bool = False) -> AbstractContextManager[None]:
+        """Chunks of the frozen head, where this is transformers' own loss and nobody sees the logits."""
+        own = inspect.unwrap(super().compute_loss).__func__ is Trainer.compute_loss  # type: ignore[attr-defined]
+        logits = return_outputs or self.label_smoother is not None or self.compute_loss_func is not None
+        copied = self.args.n_gpu > 1 or isinstance(model, torch._dynamo.OptimizedModule)
+        plain = not own or logits or copied or "labels" not in inputs
+        return nullcontext() if plain else frozen_head(self.delta.model)
 
     def _is_scaled(self, num_items_in_batch: Any) -> bool:
         """Whether the loss of a batch is its share of an accumulated one already (as in ``training_step``)."""
