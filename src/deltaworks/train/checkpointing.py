@@ -59,7 +59,7 @@ def checkpointed(
         raise UserError(f"{type(model).__name__} has no blocks to compute again: leave gradient_checkpointing out")
     hooks = waiting if kind == "offload" else nullcontext
     plain = [block.__dict__.get("forward") for block in blocks]
-    with _uncached(model):
+    with uncached(model):
         for block, own in zip(blocks, plain, strict=True):
             block.forward = partial(_again, block, own, hooks)
         try:
@@ -93,8 +93,8 @@ def _again(block: nn.Module, own: Any, hooks: Any, *args: Any, **kwargs: Any) ->
 
 
 @contextmanager
-def _uncached(model: nn.Module) -> Iterator[None]:
-    """Without caches of keys and values, which blocks would fill a second time."""
+def uncached(model: nn.Module) -> Iterator[None]:
+    """No caches of keys and values, which training does not read and blocks would fill a second time."""
     configs = {
         id(config): config for module in model.modules() if (config := module.__dict__.get("config")) is not None
     }

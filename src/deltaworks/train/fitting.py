@@ -80,7 +80,7 @@ def _fit(stage: Stage, delta: Delta, trial: Attempt, tell: Tell, stops: Stops) -
     model, team = stage.model, stage.team
     delta.procedure.begin(Run(stage.steps, Batches(stage), stage.loss, Batches(stage, one_by_one=True)))
     team.unite(delta)
-    shares = (stage.task.collate(team.share(examples)) for examples in islice(stage.batches(), PROBED_BATCHES))
+    shares = (stage.collate(team.share(examples)) for examples in islice(stage.batches(), PROBED_BATCHES))
     longest = max(shares, key=lambda batch: max(map(Tensor.numel, batch.values())))
     memory = measure.step_memory(model, lambda: stage.loss(model, longest))
     if stage.device.type == "cuda":
@@ -114,7 +114,7 @@ def _steps(stage: Stage, delta: Delta, trial: Attempt, tell: Tell, stops: Stops)
     ceiling = math.inf
     started = time.perf_counter()
     for step, examples in enumerate(stage.batches(), 1):
-        batch = stage.task.collate(team.share(examples))
+        batch = stage.collate(team.share(examples))
         with team.own_chance(f"{recipe.seed}/{step}"):
             loss = stage.loss(model, batch)
         loss = team.weighted(procedure.loss(loss), examples, stage.task.counted)

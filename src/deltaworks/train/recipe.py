@@ -52,6 +52,7 @@ class Recipe(BaseModel):
     epochs: Positive | None = Field(None, description="passes over the training data; default: 3")
     batch_size: Whole = 32
     group_by_length: bool = Field(False, description="batches of examples of like length: less padding")
+    packing: bool = Field(False, description="causal: short examples side by side in one row, without padding")
     rates: list[Positive] | None = Field(
         None, description="learning rates to try; default: factors of the method's own"
     )

@@ -16,11 +16,12 @@ from deltaworks.core.delta import Delta, attach
 from deltaworks.core.errors import UserError
 from deltaworks.core.registry import Config
 from deltaworks.train.batching import Encoded, batches
-from deltaworks.train.checkpointing import check_kind, checkpointed
+from deltaworks.train.checkpointing import check_kind, checkpointed, uncached
 from deltaworks.train.data import Data, load_data
 from deltaworks.train.devices import Team
 from deltaworks.train.forgetting import Probe, probe_of
 from deltaworks.train.models import Loaded, load_model
+from deltaworks.train.packing import check_packable, check_packed, is_flat, packed
 from deltaworks.train.recipe import Recipe
 from deltaworks.train.tasks import Task, TokenTask, make_task
 from deltaworks.train.writing import check_score, written_scores
@@ -68,6 +69,12 @@ class Stage:
         """A fresh adapter; what is random in it depends on the seed alone."""
         return attach(self.model, self.config, also=self.loaded.head, seed=self.recipe.seed)
 
+    def collate(self, examples: Sequence[Encoded]) -> dict[str, Tensor]:
+        """Examples to one batch to train on."""
+        if self.recipe.packing:
+            return packed(examples, self.task.processor.pad_token_id, flat=is_flat(self.model))
+        return self.task.collate(examples)
+
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """The training loss of a batch, in the arithmetic of the recipe."""
         with self.arithmetic():
@@ -76,7 +83,9 @@ class Stage:
     @contextmanager
     def lean(self, delta: Delta) -> Iterator[None]:
         """What the recipe asks for to save memory and time in training, while inside."""
-        with checkpointed(delta, self.recipe.gradient_checkpointing):
+        with uncached(self.model), checkpointed(delta, self.recipe.gradient_checkpointing):
+            if self.recipe.packing:
+                check_packed(self.model, str(self.config))
             yield
 
     def arithmetic(self) -> AbstractContextManager[Any]:
@@ -104,7 +113,7 @@ class Batches:
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         for examples in self.stage.batches():
             for group in [[example] for example in examples] if self.one_by_one else [examples]:
-                yield self.stage.task.collate(group)
+                yield self.stage.collate(group)
 
     def __len__(self) -> int:
         return self.stage.steps * (self.stage.recipe.batch_size if self.one_by_one else 1)
@@ -133,6 +142,8 @@ def prepare(recipe: Recipe, data: Data | None = None, team: Team | None = None) 
     )  # fmt: skip
     loaded.model.to(device)
     task = make_task(data.task, loaded.processor, recipe.max_length, recipe.target_length)
+    if recipe.packing:
+        check_packable(loaded.model, task)
     check_score(recipe, task, data.columns)
     train, validation, test = (task.encode(rows) for rows in (data.train, data.validation, data.test))
     probe = probe_of(recipe, task)
