@@ -12,11 +12,12 @@ if TYPE_CHECKING:
     from deltaworks.core.procedure import Procedure, Run
     from deltaworks.core.registry import Config, configure, methods, registry
     from deltaworks.store.checkpoint import load
+    from deltaworks.store.shelf import Shelf
     from deltaworks.train.trainer import DeltaTrainer, DeltaTrainerMixin
 
 __version__ = "0.1.0"
 __all__ = [
-    "Config", "Delta", "DeltaTrainer", "DeltaTrainerMixin", "Procedure", "Run", "UserError",
+    "Config", "Delta", "DeltaTrainer", "DeltaTrainerMixin", "Procedure", "Run", "Shelf", "UserError",
     "anatomy", "attach", "configure", "load", "methods", "registry", "rows", "switch",
 ]  # fmt: skip
 
@@ -30,6 +31,7 @@ _HOMES = {
     "core.procedure": ("Procedure", "Run"),
     "core.registry": ("Config", "configure", "methods", "registry"),
     "store.checkpoint": ("load",),
+    "store.shelf": ("Shelf",),
     "train.trainer": ("DeltaTrainer", "DeltaTrainerMixin"),
 }
 

@@ -68,7 +68,15 @@ class Bank:
             self.others = (*self.others, name)
             return
         A, B = side_by_side(tuners, features_of(self.module)[1], dtype)
-        self.A, self.B = _with(self.A, A, slot, slots), _with(self.B, B, slot, slots)
+        self.resize(slots, len(A), A, B)
+        for bank, factor in ((self.A, A), (self.B, B)):
+            assert bank is not None
+            bank[slot, : len(factor)] = factor
+            bank[slot, len(factor) :] = 0
+
+    def resize(self, slots: int, rank: int = 0, A: Tensor | None = None, B: Tensor | None = None) -> None:
+        """Have so many slots, and at least this rank, in the dtype of A and B."""
+        self.A, self.B = _resized(self.A, slots, rank, A), _resized(self.B, slots, rank, B)
 
     def remove(self, name: str, slot: int) -> bool:
         """Empty an adapter's slot; whether another one is left."""
@@ -100,19 +108,17 @@ def add_products(x: Tensor, y: Tensor, A: Tensor, B: Tensor) -> Tensor:
     return y + torch.bmm(inner, B).view(y.shape).to(y.dtype)
 
 
-def _with(bank: Tensor | None, factor: Tensor, slot: int, slots: int) -> Tensor:
-    """A bank [slots, rank, features] with a factor [rank, features] in one slot; a larger one where it does not fit."""
-    rank, features = factor.shape
-    if bank is None:
-        bank = factor.new_zeros(slots, rank, features)
-    elif slot >= len(bank) or rank > bank.shape[1] or (bank.dtype, bank.device) != (factor.dtype, factor.device):
-        count = max(slots, 2 * len(bank)) if slot >= len(bank) else len(bank)
-        larger = factor.new_zeros(count, max(rank, bank.shape[1]), features)
-        larger[: len(bank), : bank.shape[1]] = bank
-        bank = larger
-    bank[slot, :rank] = factor
-    bank[slot, rank:] = 0
-    return bank
+def _resized(bank: Tensor | None, slots: int, rank: int, like: Tensor | None) -> Tensor | None:
+    """A bank of at least these slots and this rank, with what it held."""
+    like = bank if like is None else like
+    if like is None:
+        return None
+    old = like.new_zeros(0, 0, like.shape[-1]) if bank is None else bank
+    if len(old) >= slots and old.shape[1] >= rank and (old.dtype, old.device) == (like.dtype, like.device):
+        return old
+    larger = like.new_zeros(max(slots, len(old)), max(rank, old.shape[1]), like.shape[-1])
+    larger[: len(old), : old.shape[1]] = old
+    return larger
 
 
 class Entry:
@@ -159,6 +165,7 @@ class Banks:
         self.entries: dict[str, Entry] = {}
         self.free: list[int] = []
         self.slots = 1  # with slot 0, which no adapter has
+        self.capacity = 1  # slots of every bank
 
     def slot(self, name: str | None) -> int:
         """The slot of an adapter, 0 of none."""
@@ -174,6 +181,10 @@ class Banks:
             slot = self.free.pop() if self.free else self.slots
             self.slots = max(self.slots, slot + 1)
             self.entries[delta.name] = Entry(delta, slot)
+        if self.slots > self.capacity:
+            self.capacity = max(self.slots, 2 * self.capacity)
+            for bank in {bank for entry in self.entries.values() for bank in entry.banks}:
+                bank.resize(self.capacity)
 
     def update(self, names: Iterable[str]) -> None:
         """Bring the copies of these adapters up to date."""
@@ -192,7 +203,7 @@ class Banks:
                 module._bank = Bank(module)
             weight = module._parameters.get("weight")
             own = dtype if weight is None or is_quantized(module) else weight.dtype
-            module._bank.put(delta.name, module.deltas[delta.name], slot, self.slots, own)
+            module._bank.put(delta.name, module.deltas[delta.name], slot, self.capacity, own)
             entry.banks.append(module._bank)
         entry.note()
 
