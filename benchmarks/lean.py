@@ -28,7 +28,7 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -110,6 +110,7 @@ class Row:
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 FIGURES: dict[str, Callable[[Setting], list[Row]]] = {}
 Out = Annotated[Path, typer.Option(help="where the figures are kept")]
+Repeats = Annotated[int, typer.Option(help="of what is timed; 0: as many as the benchmark has")]
 Tiny = Annotated[bool, typer.Option(help="sizes that say nothing, to try the benchmark")]
 
 
@@ -117,8 +118,10 @@ def figure(measure: Callable[[Setting], list[Row]]) -> Callable[[Setting], list[
     """Register a figure, with a subcommand of its name."""
     FIGURES[measure.__name__] = measure
 
-    def command(tiny: Tiny = False, threads: int = 1, out: Out = RESULTS / "lean.json") -> None:
-        take([measure.__name__], tiny, threads, out)
+    def command(
+        tiny: Tiny = False, threads: int = 1, repeats: Repeats = 0, out: Out = RESULTS / "lean.json"
+    ) -> None:  # fmt: skip
+        take([measure.__name__], tiny, threads, repeats, out)
 
     app.command(measure.__name__, help=(measure.__doc__ or "").partition("\n")[0])(command)
     return measure
@@ -664,10 +667,11 @@ def kept_in(out: Path) -> Iterator[dict[str, Any]]:
     out.write_text(json.dumps(found, indent=1) + "\n")
 
 
-def take(chosen: Sequence[str], tiny: bool, threads: int, out: Path, keep: bool = False) -> None:
+def take(chosen: Sequence[str], tiny: bool, threads: int, repeats: int, out: Path, keep: bool = False) -> None:
     """Measure figures and keep them."""
     quiet(threads)
     setting = TINY if tiny else FULL
+    setting = replace(setting, repeats=repeats or setting.repeats)
     made_of = {"commit": commit(), "versions": versions() | {"peft": peft.__version__}, "threads": threads}
     made_of["setting"] = json.loads(json.dumps(asdict(setting)))
     there = json.loads(out.read_text()).get("figures", {}) if out.exists() else {}
@@ -687,10 +691,10 @@ def take(chosen: Sequence[str], tiny: bool, threads: int, out: Path, keep: bool 
 @app.command("all")
 def every(
     keep: Annotated[bool, typer.Option(help="leave out what was measured of this commit already")] = False,
-    tiny: Tiny = False, threads: int = 1, out: Out = RESULTS / "lean.json",
+    tiny: Tiny = False, threads: int = 1, repeats: Repeats = 0, out: Out = RESULTS / "lean.json",
 ) -> None:  # fmt: skip
     """All figures, then the table."""
-    take(list(FIGURES), tiny, threads, out, keep)
+    take(list(FIGURES), tiny, threads, repeats, out, keep)
     table(out)
 
 
