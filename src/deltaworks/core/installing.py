@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from deltaworks.core.board import Board, Tap, base_modules
+from deltaworks.core.lean.neighbours import lean_forward
 from deltaworks.core.matrices import is_read
 from deltaworks.core.paths import parent_of
 from deltaworks.core.places import Place
@@ -54,8 +55,9 @@ def _freeze(model: nn.Module, board: Board) -> None:
     for module in board.counting:
         module.eval()
         module.train = _stay  # type: ignore[method-assign, assignment]
-    for layer in filter(is_quantized, list(model.modules())):  # gradients go through all of them
-        wrap(layer, board)
+    for module in list(model.modules()):  # gradients go through all of them
+        if is_quantized(module) or lean_forward(module) is not None:
+            wrap(module, board)
 
 
 def _stay(mode: bool = True) -> None:

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from itertools import takewhile
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from deltaworks.core import experts
-from deltaworks.core.quantized import compute_dtype, is_quantized
+from deltaworks.core.lean import linear
+from deltaworks.core.lean.remaking import acts
+from deltaworks.core.places import LINEAR
+from deltaworks.core.quantized import is_quantized
 from deltaworks.core.trunks import run_trunk
 from deltaworks.core.weights import WEIGHT_KINDS, added, base_tensors, effective, low_rank
 
@@ -26,7 +29,8 @@ class Operation:
     A table that is asked for without an argument, such as Swin's position bias, has None for it.
     """
 
-    def __init__(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(self, module: Any, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.module = module
         self.run, self.rest, self.kwargs = run, args[1:], kwargs
         self.output: Any = None
         self.empty = len(args) + len(kwargs) == 0
@@ -49,12 +53,8 @@ class Operation:
 
 def run_weights(module: Any, run: Callable[..., Any], tuners: list[Any], args: tuple[Any, ...], kwargs: Any) -> Any:
     """A module with weight: effective weights inside, low-rank products added, operations around, in order."""
-    operation = Operation(run, args, kwargs)
-
-    def plain(x: Any) -> Tensor:
-        return operation(x)
-
-    base: Callable[[Any], Tensor] = plain
+    operation = Operation(module, run, args, kwargs)
+    base: Callable[[Any], Tensor] = operation
     heavy = [tuner for tuner in tuners if acts_inside(module, tuner)]
     if late := [tuner for tuner in heavy if tuner.gives("tensor") or not tuner.adds]:
         # what replaces the weight that it finds must find it with the changes that come before
@@ -63,8 +63,8 @@ def run_weights(module: Any, run: Callable[..., Any], tuners: list[Any], args: t
     if heavy:
 
         def weighted(x: Any) -> Tensor:
-            if is_quantized(module) and heavy[0].place.kind == "linear":
-                return run_dense(module, heavy, x)
+            if heavy[0].place.kind in LINEAR and linear.is_linear(module) and (acts() or is_quantized(module)):
+                return (linear.weighted if acts() else linear.multiplied)(module, heavy, x)
             if experts.can_run(module, heavy, (x, *operation.rest), operation.kwargs):
                 return experts.run(module, heavy, x, *operation.rest)
             module._effective = effective(heavy, base_tensors(module))
@@ -74,9 +74,14 @@ def run_weights(module: Any, run: Callable[..., Any], tuners: list[Any], args: t
                 module._effective = None
 
         base = weighted
-    for tuner in tuners:
-        if tuner not in heavy:
-            base = functools.partial(run_light, module, tuner, base)
+    light = [tuner for tuner in tuners if tuner not in heavy]
+    if not heavy and acts() and light[0].place.kind in LINEAR and linear.is_linear(module):
+        beside = list(takewhile(lambda tuner: tuner.form() == 1 and not tuner.gives("around"), light))
+        if beside:
+            base = functools.partial(linear.products, module, operation, beside)
+            light = light[len(beside) :]
+    for tuner in light:
+        base = functools.partial(run_light, module, tuner, base)
     return operation.replaced(base(operation.x))
 
 
@@ -85,21 +90,6 @@ def acts_inside(module: Any, tuner: Any) -> bool:
     if tuner.place.kind == "matrix":
         return True
     return not has_product(module, tuner) if tuner.form() == 1 else tuner.form() == 2 and not tuner.gives("around")
-
-
-def run_dense(module: Any, tuners: list[Any], x: Tensor) -> Tensor:
-    """A quantized linear with effective weights: made from its codes, and made again for the backward pass."""
-
-    def product(x: Tensor) -> Tensor:
-        dtype = compute_dtype(module, x)
-        values = effective(tuners, base_tensors(module))
-        bias = values["bias"]
-        bias = bias if bias is None else bias.to(dtype)
-        return F.linear(x.to(dtype), values["weight"].to(dtype), bias).to(x.dtype)
-
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return checkpoint(product, x, use_reentrant=False)
-    return product(x)
 
 
 def has_product(module: Any, tuner: Any) -> bool:
@@ -130,7 +120,7 @@ def run_light(module: nn.Module, tuner: Any, base: Callable[[Any], Tensor], x: A
 
 def run_around(module: Any, run: Callable[..., Any], tuners: list[Any], args: tuple[Any, ...], kwargs: Any) -> Any:
     """A residual sub-layer or a block. Where the input is read by another module, that module's tap holds it."""
-    operation = Operation(run, args, kwargs)
+    operation = Operation(module, run, args, kwargs)
     base: Callable[[Any], Tensor] = operation
     x = operation.x
     tap = module.__dict__.get("_entry_tap")

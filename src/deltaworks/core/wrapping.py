@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from deltaworks.core.attention import ConfigView
 from deltaworks.core.board import Board, Tap
+from deltaworks.core.lean.neighbours import computed, lean_forward
 from deltaworks.core.mixing import run_rows
 from deltaworks.core.quantized import is_quantized, product, steady
 from deltaworks.core.running import RUNNERS
@@ -26,6 +27,7 @@ from deltaworks.core.trunks import widened
 
 def forward_wrapped(module: Any, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The forward of every wrapped module: ``run`` is the forward of its own class."""
+    args, kwargs = computed(args), computed(kwargs)
     taps: list[Tap] = [tap for tap in module._taps if not tap.graded or torch.is_grad_enabled()]
     for tap in taps:
         if tap.side == "input":
@@ -44,6 +46,8 @@ def forward_wrapped(module: Any, run: Callable[..., Any], args: tuple[Any, ...],
         output = run_rows(module, run, board, args, kwargs)
     else:
         tuners = acting(module)
+        if module._lean is not None and not tuners:
+            run = functools.partial(module._lean, run)
         for kinds, runner in RUNNERS:
             mine = [tuner for tuner in tuners if tuner.place.kind in kinds]
             if mine:
@@ -140,6 +144,7 @@ def wrap(module: Any, board: Board) -> None:
         "_effective": None,
         "_quantized": is_quantized(module),
         "_repacks": steady(module),
+        "_lean": lean_forward(module),
         # accelerate's hooks, of a model that lies on several devices, replace it on the module itself
         "_own_forward": module.__dict__.pop("forward", None),
     }
@@ -162,8 +167,8 @@ def stand_in(new: Any, module: Any) -> None:
 def unwrap(module: Any) -> None:
     """Give the module its own class back once nothing stands around it."""
     reads = any(is_wrapped(other) and len(other.deltas) for other in module._reads)
-    quantized = is_quantized(module) and module._board.deltas
-    if len(module.deltas) or module._taps or module._widens or reads or quantized:
+    needed = (is_quantized(module) or module._lean is not None) and module._board.deltas
+    if len(module.deltas) or module._taps or module._widens or reads or needed:
         return
     if module._repacks:
         module.support_avx512bf16_for_cpu = True
@@ -192,5 +197,6 @@ STATE = (
     "_effective",
     "_quantized",
     "_repacks",
+    "_lean",
     "_own_forward",
 )

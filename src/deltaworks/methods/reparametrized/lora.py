@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltaworks.core.errors import UserError
 from deltaworks.core.forms import Factors, Tuner
+from deltaworks.core.lean.linear import scaled
 from deltaworks.core.registry import Config, method, option
 from deltaworks.core.sites import Site
 
@@ -88,7 +88,8 @@ class DoRATuner(LoRATuner):
 
     def __init__(self, site: Site, config: LowRank) -> None:
         super().__init__(site, config)
-        norm = torch.linalg.vector_norm(site.matrix.detach(), dim=1, dtype=torch.float32)
+        matrix = site.matrix.detach()
+        norm = torch.linalg.vector_norm(matrix, dim=1, dtype=torch.promote_types(matrix.dtype, torch.float32)).float()
         self.magnitude = nn.Parameter(norm.clone())
         self.register_buffer("norm", norm, persistent=False)
 
@@ -104,14 +105,12 @@ class LinearDoRATuner(DoRATuner):
     norm: Tensor  # ||W|| by rows [out]
 
     def around(self, base: Callable[[Any], Tensor], x: Tensor) -> Tensor:
-        A, B = self.A.to(x.dtype), self.B.to(x.dtype)
-        # W A^T and the bias, through the operation itself: it may hold W in any format
-        probe = base(torch.cat([A.detach(), A.new_zeros(1, A.shape[1])]))
-        bias = probe[-1]
-        ratio = self.magnitude / self._moved_norm((probe[:-1] - bias).detach())
-        y = base(x)
-        change = F.linear(F.linear(F.dropout(x, self.dropout, self.training), A), B) * self.scale
-        return y + (ratio - 1).to(y.dtype) * (y - bias) + ratio.to(y.dtype) * change.to(y.dtype)
+        with torch.no_grad():  # W A^T and the bias, through the operation itself: it may hold W in any format
+            A = self.A.to(x.dtype)
+            probe = base(torch.cat([A, A.new_zeros(1, A.shape[1])]))
+        bias = probe[-1].clone()
+        gain = self.magnitude / self._moved_norm(probe[:-1] - bias)
+        return scaled(self, base, x, Factors(self.A, self.B, self.scale), gain, bias)
 
     def _moved_norm(self, product: Tensor) -> Tensor:
         """||W + s B A|| by rows [out], of ``product`` = A W^T [r, out]: the square multiplied out."""

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from deltaworks.core.forms import Tuner
+from deltaworks.core.lean.remaking import again
 from deltaworks.core.registry import Config, method, option
 from deltaworks.core.sites import Site
 from deltaworks.methods.reparametrized.orthogonal.rotations import block_size, cayley, turned
@@ -60,12 +61,15 @@ class LinearBOFTTuner(BOFTTuner):
     def around(self, base: Callable[[Any], Tensor], x: Tensor) -> Tensor:
         # the bias as the operation adds it: another tuner may have changed it
         bias = base(x.new_zeros(1, x.shape[-1]))[0] if self.biased else None
-        levels = list(enumerate(self.rotations().to(x.dtype)))
-        for level, R in reversed(levels):  # x R_m .. R_1
-            x = unpaired(turned(paired(x, self.side, level), R), self.side, level)
-        y = base(x)
+        y = base(again(self.rotated, x))
         scale = self.scale.to(y.dtype)
         return y * scale if bias is None else (y - bias) * scale + bias
+
+    def rotated(self, x: Tensor) -> Tensor:
+        """x R_m .. R_1"""
+        for level, R in reversed(list(enumerate(self.rotations().to(x.dtype)))):
+            x = unpaired(turned(paired(x, self.side, level), R), self.side, level)
+        return x
 
 
 @method(

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltaworks.core.forms import Tuner
+from deltaworks.core.lean.remaking import again
 from deltaworks.core.procedure import Procedure
 from deltaworks.core.registry import Config, method, option
 from deltaworks.core.sites import Site
@@ -70,11 +71,14 @@ class TransformTuner(Tuner):
         return weight @ T.to(weight.dtype) + (up @ down).to(weight.dtype)
 
     def around(self, base: Callable[[Any], Tensor], x: Tensor) -> Tensor:
-        size = [core.shape[0] for core in self.T]
-        padded = F.pad(x, (0, torch.Size(size).numel() - self.inner))
-        turned = ring_product([core.to(x.dtype) for core in self.T], padded)[..., : self.inner]
         down, up = self.residual()
-        return base(turned) + F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype))
+        return base(again(self.turned, x)) + F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype))
+
+    def turned(self, x: Tensor) -> Tensor:
+        """x T"""
+        size = torch.Size(core.shape[0] for core in self.T).numel()
+        padded = F.pad(x, (0, size - self.inner))
+        return ring_product([core.to(x.dtype) for core in self.T], padded)[..., : self.inner]
 
     def penalties(self) -> tuple[Tensor, Tensor]:
         """R_I and R_O; both are zero at the start."""

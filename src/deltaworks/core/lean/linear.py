@@ -1,0 +1,286 @@
+"""Linear layers with tuners, for which the input alone is kept: ranks, masks and weights are made again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from deltaworks.core.forms import Factors
+from deltaworks.core.lean.remaking import NOTHING, acts, again, all_again, arithmetic, cast, kept, leaves, structure
+from deltaworks.core.places import features_of
+from deltaworks.core.quantized import compute_dtype, is_quantized
+from deltaworks.core.weights import base_tensors, effective, to_matrix
+
+
+class Low(NamedTuple):
+    """One product ``scale * dropout(x) A^T B^T`` in the output features [start, stop); a mask is its seed."""
+
+    start: int
+    stop: int
+    scale: float
+    dropout: float
+    seed: int
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """x with some entries zero and the others larger. The same ones in both passes."""
+        if not self.dropout:
+            return x
+        generator = torch.Generator(x.device).manual_seed(self.seed)
+        mask = torch.empty_like(x).bernoulli_(1 - self.dropout, generator=generator)
+        return mask.mul_(x).div_(1 - self.dropout)
+
+
+def is_linear(module: Any) -> bool:
+    """Whether a wrapped module computes ``x W^T + b`` with frozen weights that lie where x does, and nothing else."""
+    if module._own_forward is not None or any(p is not None and p.requires_grad for p in module._parameters.values()):
+        return False
+    plain = module._plain_class
+    return plain.forward is nn.Linear.forward or is_quantized(module) or plain.__name__ == "Conv1D"
+
+
+def matrix(module: Any) -> Tensor:
+    """The frozen weight [out, in] of a linear layer, of which the codes may be all that is kept."""
+    weight: Tensor = base_tensors(module)["weight"]
+    return weight if is_quantized(module) else to_matrix(_kind(module), weight)
+
+
+def _kind(module: Any) -> str:
+    return "conv1d" if module._plain_class.__name__ == "Conv1D" else "linear"
+
+
+class _Products(torch.autograd.Function):
+    r"""A frozen linear layer with low-rank products beside it: y = x W^T + b + sum_i s_i x_i A_i^T B_i^T.
+
+    With g the gradient of y, and x_i = x under the i-th dropout mask:
+    dA = s (g B)^T x_i, dB = s g^T (x_i A^T), dx = g W + sum s (g B) A (masked like x_i). Kept are x and the factors.
+    Shapes: x [tokens, in], g [tokens, out], A [r, in], B [out, r].
+    """
+
+    @staticmethod
+    def forward(ctx: Any, module: Any, run: Any, lows: Sequence[Low], x: Tensor, *factors: Tensor) -> Tensor:
+        y = run(x)
+        ctx.module, ctx.lows = module, lows
+        ctx.kept = [kept(x) if any(ctx.needs_input_grad[4:]) else NOTHING, *map(kept, factors)]
+        ctx.save_for_backward(*(part for one in ctx.kept for part in one.parts))
+        add_products(y, x, lows, factors)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        x, *factors = all_again(ctx.kept, ctx.saved_tensors)
+        g = gradient.reshape(-1, gradient.shape[-1])
+        dx = None
+        if ctx.needs_input_grad[3]:
+            dtype = compute_dtype(ctx.module, g) if is_quantized(ctx.module) else g.dtype
+            dx = (g.to(dtype) @ matrix(ctx.module).to(dtype)).to(g.dtype)
+        x = x if x is None else x.reshape(-1, x.shape[-1])
+        gradients: list[Tensor | None] = []
+        needs = ctx.needs_input_grad[4:]
+        for low, A, B, *wants in zip(ctx.lows, factors[::2], factors[1::2], needs[::2], needs[1::2], strict=True):
+            part = g[:, low.start : low.stop]
+            back = part @ B.to(g.dtype)
+            a = A.to(g.dtype)
+            dA = dB = None
+            if x is not None and any(wants):
+                seen = low.dropped(x)
+                dA = (low.scale * (back.T @ seen)).to(A.dtype) if wants[0] else None
+                dB = (low.scale * (part.T @ (seen @ a.T))).to(B.dtype) if wants[1] else None
+            if dx is not None:
+                if low.dropout:
+                    dx += low.dropped(low.scale * (back @ a))
+                else:
+                    dx.addmm_(back, a, alpha=low.scale)
+            gradients += [dA, dB]
+        shape = (*gradient.shape[:-1], -1)
+        return None, None, None, None if dx is None else dx.view(shape), *gradients
+
+
+def add_products(y: Tensor, x: Tensor, lows: Sequence[Low], factors: Sequence[Tensor]) -> None:
+    """Add the products to y [..., out] in place."""
+    flat, out = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+    for low, A, B in zip(lows, factors[::2], factors[1::2], strict=True):
+        inner = low.dropped(flat) @ A.to(x.dtype).T
+        out[:, low.start : low.stop].addmm_(inner.to(y.dtype), B.to(y.dtype).T, alpha=low.scale)
+
+
+def products(module: Any, run: Callable[[Tensor], Tensor], tuners: Sequence[Any], x: Tensor) -> Tensor:
+    """A linear layer with tuners of form 1 beside it."""
+    x = in_arithmetic(x)
+    width = features_of(module)[1]
+    lows, factors = [], []
+    for tuner in tuners:
+        A, B, scale = factors_of(tuner)
+        start, stop = tuner.place.part or (0, width)
+        dropout = tuner.dropout if module.training else 0.0
+        lows.append(Low(start, stop, float(scale), dropout, _seed(dropout)))
+        factors += [A, B]
+    return _Products.apply(module, run, lows, x, *factors)
+
+
+class _Scaled(torch.autograd.Function):
+    r"""A frozen linear layer and a product beside it, every feature of their sum u scaled: y = c u + b.
+
+    u = x W^T + s x' A^T B^T, x' = x under the dropout mask. With g the gradient of y and h = c g: dc = sum g u,
+    dA = s (h B)^T x', dB = s h^T (x' A^T), dx = h W + s (h B) A (masked). u is (y - b) / c where y is kept for it,
+    else it is made again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, module: Any, run: Any, low: Low, keeps: bool, x: Tensor, A: Tensor, B: Tensor, c: Tensor, b: Tensor
+    ) -> Tensor:
+        y = run(x).sub_(b)
+        add_products(y, x, [low], [A, B])
+        y.mul_(c.to(y.dtype)).add_(b)
+        ctx.module, ctx.low, ctx.keeps, ctx.kept = module, low, keeps, kept(x)
+        ctx.save_for_backward(A, B, c, b, *([y] if keeps else []), *ctx.kept.parts)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        (A, B, c, b, *rest), low = ctx.saved_tensors, ctx.low
+        g = gradient.reshape(-1, gradient.shape[-1])
+        x = ctx.kept.again(tuple(rest[ctx.keeps :]))
+        seen = low.dropped(x.reshape(-1, x.shape[-1]))
+        a, up, W = A.to(g.dtype), B.to(g.dtype), matrix(ctx.module).to(g.dtype)
+        inner = seen @ a.T
+        if ctx.keeps:
+            dc = ((rest[0].view(g.shape) - b) * g).sum(0) / c
+        else:
+            u = (x.reshape(-1, x.shape[-1]) @ W.T).addmm_(inner, up.T, alpha=low.scale)
+            dc = u.mul_(g).sum(0)
+        h = g * c.to(g.dtype)
+        back = h @ up
+        dA, dB = low.scale * (back.T @ seen), low.scale * (h.T @ inner)
+        dx = (h @ W).add_(low.dropped(back @ a), alpha=low.scale).view(*gradient.shape[:-1], -1)
+        return None, None, None, None, dx, dA.to(A.dtype), dB.to(B.dtype), dc.to(c.dtype), None
+
+
+KEPT_BY_THE_MODEL = ("attention.v", "mlp.gate", "mlp.up")
+"""Roles whose outputs the operation behind them keeps in any case."""
+
+
+def scaled(tuner: Any, base: Any, x: Tensor, factors: Factors, gain: Tensor, bias: Tensor) -> Tensor:
+    """``gain * (x W^T + scale * dropout(x) A^T B^T) + bias`` of a tuner whose ``base`` is ``x W^T + bias``.
+
+    Shapes: gain and bias [out].
+    """
+    A, B, scale = factors
+    dropout = tuner.dropout if tuner.training else 0.0
+    module = getattr(base, "module", None)
+    if acts() and module is not None and is_linear(module):
+        x = in_arithmetic(x)
+        low = Low(0, len(B), float(scale), dropout, _seed(dropout))
+        place = tuner.place
+        keeps = place.role.endswith(KEPT_BY_THE_MODEL) or A.shape[1] > len(B)  # or costs most to make again
+        return _Scaled.apply(module, base, low, keeps, x, A, B, gain, bias)
+    y = base(x)
+    change = F.linear(F.linear(F.dropout(x, dropout), A.to(x.dtype)), B.to(x.dtype)) * scale
+    return y + (gain - 1).to(y.dtype) * (y - bias) + gain.to(y.dtype) * change.to(y.dtype)
+
+
+def _seed(dropout: float) -> int:
+    """Of the mask: drawn from torch's own random numbers, so that a run can be repeated."""
+    return int(torch.randint(2**62, ())) if dropout else 0
+
+
+def factors_of(tuner: Any) -> Factors:
+    """A and B of a tuner; what is computed of its parameters is computed again for the backward pass."""
+    A, B, scale = tuner.factors()
+    learned_scale = isinstance(scale, Tensor)
+    if A.grad_fn is not None:
+        A = again(lambda: tuner.factors().A)
+    if B.grad_fn is not None or learned_scale:
+        B = again(lambda: tuner.factors().B * (tuner.factors().scale if learned_scale else 1))
+    return Factors(A, B, 1.0 if learned_scale else scale)
+
+
+def in_arithmetic(x: Tensor) -> Tensor:
+    """x in the dtype of autocast, where that acts."""
+    device = x.device.type
+    return cast(x, torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
+class _Effective(torch.autograd.Function):
+    r"""A linear layer with a weight that its tuners make of the frozen one: y = x W'^T + b', W' = f(W; theta).
+
+    With g the gradient of y: dx = g W', dW' = g^T x, db' = sum g, and theta gets its gradients through f, which is
+    run again for the backward pass: neither W' nor anything on the way to it is kept, only x where dW' is wanted.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, module: Any, tuners: Any, values: list[Any], chance: Any, x: Tensor, *theta: Tensor
+    ) -> Tensor:
+        weight, bias = values
+        ctx.module, ctx.tuners, ctx.chance, ctx.theta, ctx.dtype = module, tuners, chance, theta, x.dtype
+        ctx.kept = kept(x) if weight.requires_grad else NOTHING
+        ctx.save_for_backward(*ctx.kept.parts)
+        ctx.arithmetic = arithmetic(x.device.type)
+        values.clear()
+        return F.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        with torch.enable_grad(), ctx.chance.again(), ctx.arithmetic():
+            weight, bias = _made(ctx.module, ctx.tuners, gradient)
+        g = gradient.reshape(-1, gradient.shape[-1]).to(weight.dtype)
+        dx = (g @ weight.detach()).to(ctx.dtype).view(*gradient.shape[:-1], -1) if ctx.needs_input_grad[4] else None
+        outputs, given = [], []
+        if weight.requires_grad:
+            x = ctx.kept.again(ctx.saved_tensors)
+            outputs.append(weight)
+            given.append(g.T @ x.reshape(-1, x.shape[-1]).to(weight.dtype))
+        if bias is not None and bias.requires_grad:
+            outputs.append(bias)
+            given.append(g.sum(0))
+        found = torch.autograd.grad(outputs, ctx.theta, given, allow_unused=True) if ctx.theta else ()
+        return None, None, None, None, dx, *found
+
+
+def _made(module: Any, tuners: Sequence[Any], x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The effective weight [out, in] and bias, in the dtype in which the layer multiplies."""
+    values = effective(list(tuners), base_tensors(module))
+    dtype = compute_dtype(module, x) if is_quantized(module) else x.dtype
+    weight = values["weight"] if is_quantized(module) else to_matrix(_kind(module), values["weight"])
+    bias = values["bias"]
+    return weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def multiplied(module: Any, tuners: Sequence[Any], x: Tensor) -> Tensor:
+    """x times the effective weight, in the dtype of x."""
+    weight, bias = _made(module, tuners, x)
+    return F.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
+
+
+def weighted(module: Any, tuners: Sequence[Any], x: Tensor) -> Tensor:
+    """A linear layer with tuners that act through its effective weight."""
+    x, chance = in_arithmetic(x), Chance(x.device)
+    with structure():
+        values = list(_made(module, tuners, x))
+    return _Effective.apply(module, tuners, values, chance, x, *leaves(*values))
+
+
+class Chance:
+    """The state of the random numbers at one moment, for what is made again."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.devices = [device] if device.type == "cuda" else []
+        self.states = [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in self.devices)]
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        with torch.random.fork_rng(self.devices):
+            torch.set_rng_state(self.states[0])
+            for device, state in zip(self.devices, self.states[1:], strict=True):
+                torch.cuda.set_rng_state(state, device)
+            yield

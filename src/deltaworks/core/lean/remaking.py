@@ -1,0 +1,191 @@
+"""Tensors that need not be kept for the backward pass, because what they were made from is kept anyway.
+
+A norm keeps its input, a gated product its two factors. The linear layers behind them would keep the outputs too; they
+keep how these are made, and save nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class Recipe:
+    """How one tensor is made again. All who need it in the backward pass get the same one, and the last lets it go."""
+
+    def __init__(self, make: Callable[..., Tensor]) -> None:
+        self.make = make
+        self.readers = self.waiting = 0
+        self.value: Tensor | None = None
+
+    def again(self, parts: tuple[Tensor, ...]) -> Tensor:
+        if self.value is None:
+            self.value, self.waiting = self.make(*parts), self.readers
+        value, self.waiting = self.value, self.waiting - 1
+        if self.waiting <= 0:
+            self.value = None
+        return value
+
+
+class Origin(NamedTuple):
+    recipe: Recipe
+    parts: tuple[Tensor, ...]
+    version: int
+
+
+def made(y: Tensor, make: Callable[..., Tensor], *parts: Tensor) -> Tensor:
+    """``y``, noted as ``make(*parts)``. The parts must be what its maker saves."""
+    y._origin = Origin(Recipe(make), tuple(part.detach() for part in parts), y._version)  # type: ignore[attr-defined]
+    return y
+
+
+class Kept(NamedTuple):
+    """What an autograd function saves in the place of a tensor, and how it gets the tensor back."""
+
+    parts: tuple[Tensor, ...]
+    recipe: Recipe | None = None
+
+    def again(self, saved: tuple[Tensor, ...]) -> Any:
+        """The tensor, of the saved parts; None where nothing was to be kept."""
+        if self.recipe is not None:
+            return self.recipe.again(saved)
+        return saved[0] if saved else None
+
+
+def all_again(all_kept: Sequence[Kept], saved: Sequence[Tensor]) -> list[Any]:
+    """Several tensors, of the parts of all of them one after the other."""
+    left = iter(saved)
+    return [one.again(tuple(islice(left, len(one.parts)))) for one in all_kept]
+
+
+NOTHING = Kept(())
+
+
+def kept(x: Tensor) -> Kept:
+    """What to save so that ``x`` can be had in the backward pass."""
+    origin: Origin | None = getattr(x, "_origin", None)
+    if origin is None or origin.version != x._version:
+        return Kept((x.detach(),))
+    origin.recipe.readers += 1
+    return Kept(origin.parts, origin.recipe)
+
+
+class _Again(torch.autograd.Function):
+    """f(x, ..) of which no intermediate result is kept: f, which draws no random numbers, is run again in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, f: Callable[..., Tensor], value: list[Tensor], count: int, *inputs: Tensor) -> Tensor:
+        ctx.f, ctx.kept, ctx.theta = f, [kept(x) for x in inputs[:count]], inputs[count:]
+        ctx.arithmetic = arithmetic(value[0].device.type)
+        ctx.save_for_backward(*(part for one in ctx.kept for part in one.parts))
+        return value.pop()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        needs = ctx.needs_input_grad[3:]
+        inputs = [x.detach() for x in all_again(ctx.kept, ctx.saved_tensors)]
+        with torch.enable_grad(), ctx.arithmetic():
+            inputs = [x.requires_grad_(need) for x, need in zip(inputs, needs, strict=False)]
+            y = ctx.f(*inputs)
+        wanted = [x for x, need in zip((*inputs, *ctx.theta), needs, strict=True) if need]
+        found = iter(torch.autograd.grad(y, wanted, gradient, allow_unused=True))
+        return None, None, None, *[next(found) if need else None for need in needs]
+
+
+def again(f: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """``f(*inputs)``, of which neither the intermediate results nor the output are kept."""
+    if not acts():
+        return f(*inputs)
+    alone = [x.detach().requires_grad_(x.requires_grad) for x in inputs]
+    with structure():
+        y = f(*alone)
+    if not y.requires_grad:
+        return y
+    theta = [leaf for leaf in leaves(y) if not any(leaf is x for x in alone)]
+    return noted(_Again.apply(f, [y.detach()], len(inputs), *inputs, *theta), f, inputs)
+
+
+def noted(y: Tensor, f: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Tensor:
+    """``y``, noted as f of inputs that may themselves be made again."""
+    origins = [kept(x) for x in inputs]
+
+    def make(*parts: Tensor) -> Tensor:
+        return f(*all_again(origins, parts))
+
+    return made(y, as_now(make, y), *(part for one in origins for part in one.parts))
+
+
+def structure() -> Any:
+    """A context whose graphs know what was computed of what, and keep nothing to compute gradients with."""
+    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, lambda nothing: nothing)
+
+
+def leaves(*tensors: Tensor | None) -> list[Tensor]:
+    """What autograd would give gradients to, of tensors that were just computed."""
+    found: dict[int, Tensor] = {id(t): t for t in tensors if t is not None and t.is_leaf and t.requires_grad}
+    nodes = [t.grad_fn for t in tensors if t is not None and t.grad_fn is not None]
+    seen = set(nodes)
+    while nodes:
+        for node, _ in nodes.pop().next_functions:
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            nodes.append(node)
+            if hasattr(node, "variable"):
+                found[id(node.variable)] = node.variable
+    return list(found.values())
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x.to(dtype)``, of which it is known how it was made where it is known of ``x``."""
+    origin: Origin | None = getattr(x, "_origin", None)
+    y = x.to(dtype)
+    if y is x or origin is None or origin.version != x._version:
+        return y
+    make = origin.recipe.make
+    return made(y, lambda *parts: make(*parts).to(dtype), *origin.parts)
+
+
+def arithmetic(device: str) -> Callable[[], Any]:
+    """A maker of contexts in which autocast is what it is now: a backward pass runs outside of it."""
+    enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    return lambda: torch.autocast(device, dtype, enabled=enabled)
+
+
+def as_now(run: Callable[..., Tensor], x: Tensor) -> Callable[..., Tensor]:
+    """``run``, with autocast as it is now for the device of ``x``."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return run
+    context = arithmetic(x.device.type)
+
+    def again(*args: Tensor) -> Tensor:
+        with context():
+            return run(*args)
+
+    return again
+
+
+_on = True
+
+
+def acts() -> bool:
+    """Whether lean pieces act now. A compiler recomputes by its own reckoning."""
+    return _on and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+@contextmanager
+def ordinary() -> Iterator[None]:
+    """Torch's own autograd for a while, to compare with."""
+    global _on
+    before, _on = _on, False
+    try:
+        yield
+    finally:
+        _on = before

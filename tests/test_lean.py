@@ -1,0 +1,186 @@
+"""Lean autograd gives the gradients of torch's own, and keeps what it says."""
+
+import contextlib
+
+import pytest
+import torch
+import transformers as hf
+import zoo
+from conformance import attach as attached
+from conformance import begin, build, disturb, supported
+from torch import Tensor, nn
+
+import deltaworks as dw
+from deltaworks.core.lean.linear import Low
+from deltaworks.core.lean.neighbours import Activated, rms_gain
+from deltaworks.core.lean.remaking import ordinary
+from deltaworks.core.wrapping import is_wrapped
+from deltaworks.train.measure import step_memory
+
+FAMILIES = ("gpt2", "bert", "t5-gated")
+
+
+def gradients(method: str, family: str, lean: bool) -> tuple[Tensor, list[Tensor | None]]:
+    """The output and the gradients of the trained tensors, all in float64."""
+    model, inputs = build(family)
+    delta = attached(model, method)
+    begin(delta, family, inputs)
+    disturb(delta)
+    model.double()
+    with contextlib.nullcontext() if lean else ordinary():
+        output = zoo.output_of(family, model, inputs)
+        weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=output.dtype)
+        if output.requires_grad:  # a mask that grows is empty at first
+            (output * weights).sum().backward()
+    return output.detach(), [parameter.grad for parameter in delta.parameters()]
+
+
+@pytest.mark.parametrize(
+    ("method", "family"),
+    [
+        pair if pair[1] == "gpt2" else pytest.param(*pair, marks=pytest.mark.slow)
+        for pair in supported()
+        if pair[1] in FAMILIES
+    ],
+)
+def test_gradients_are_those_of_torch(method: str, family: str) -> None:
+    (output, lean), (expected, plain) = (gradients(method, family, lean) for lean in (True, False))
+    # T5's norms compute in float32 whatever they are given, and torch's derivative of them as well
+    limit = 1e-6 if family == "t5-gated" else 1e-10
+    assert float((output - expected).abs().max()) < limit
+    scale = max([1.0, *(float(g.abs().max()) for g in plain if g is not None)])
+    for mine, theirs in zip(lean, plain, strict=True):
+        assert (mine is None) == (theirs is None)
+        if mine is not None and theirs is not None:
+            assert float((mine - theirs).abs().max()) <= limit * scale
+
+
+def llama(width: int = 128, layers: int = 2) -> nn.Module:
+    torch.manual_seed(0)
+    config = hf.LlamaConfig(
+        hidden_size=width, intermediate_size=width * 8 // 3 // 8 * 8, num_hidden_layers=layers,
+        num_attention_heads=4, vocab_size=64,
+    )  # fmt: skip
+    return hf.LlamaForCausalLM(config).bfloat16()
+
+
+def saved_over_floor(spec: str) -> float:
+    """Bytes kept for the backward pass over those of the same model frozen, with gradients to the first block."""
+    x = torch.randn(2, 256, 128).bfloat16().requires_grad_()
+
+    def loss_of(model: nn.Module) -> Tensor:
+        return model.model(inputs_embeds=x).last_hidden_state.float().square().mean()  # type: ignore[operator, union-attr]
+
+    frozen, tuned = llama().requires_grad_(False), llama()
+    dw.attach(tuned, spec)
+    tuned.train()
+    return step_memory(tuned, lambda: loss_of(tuned)).saved / step_memory(frozen, lambda: loss_of(frozen)).saved
+
+
+@pytest.mark.parametrize(
+    ("spec", "most"),
+    [
+        ("lora[rank=16]", 0.75),
+        ("lora[rank=16, dropout=0.05]", 0.75),
+        ("lora[rank=16]+lora[rank=4]", 0.75),
+        ("vera", 0.75),
+        ("fourierft", 0.75),
+        ("lora[rank=16, dora=true]", 0.9),
+        ("boft", 1.5),
+        ("transformed-lora", 1.5),
+    ],
+)
+def test_less_is_kept_than_by_the_frozen_model(spec: str, most: float) -> None:
+    assert saved_over_floor(spec) <= most
+
+
+def test_a_mask_is_the_same_in_both_passes_and_scaled() -> None:
+    low = Low(0, 1, 1.0, 0.25, seed=3)
+    x = torch.ones(200, 50, dtype=torch.float64)
+    dropped = low.dropped(x)
+    assert torch.equal(dropped, low.dropped(x))
+    assert set(dropped.unique().tolist()) == {0.0, 1 / 0.75}
+    assert abs(float(dropped.mean()) - 1) < 0.03
+
+
+def test_gradients_through_dropout_are_those_of_its_mask() -> None:
+    """Finite differences with the random numbers set back see the same mask."""
+    model = nn.Sequential(nn.Linear(6, 5)).double()
+    delta = dw.attach(model, "lora", rank=2, dropout=0.5, targets="0")
+    disturb(delta)
+    delta.model.double().train()
+    x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+
+    def f(x: Tensor) -> Tensor:
+        torch.manual_seed(7)
+        return model(x)
+
+    assert torch.autograd.gradcheck(f, (x,))
+    A, B = list(delta.parameters())
+
+    def of_factors(a: Tensor, b: Tensor) -> Tensor:
+        torch.manual_seed(7)
+        names = {id(p): n for n, p in model.named_parameters()}
+        return torch.func.functional_call(model, {names[id(A)]: a, names[id(B)]: b}, (x,))
+
+    assert torch.autograd.gradcheck(of_factors, (A, B))
+
+
+def test_norms_are_told_by_what_they_compute() -> None:
+    from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    with torch.device("meta"):
+        assert rms_gain(LlamaRMSNorm(8)) == 0.0
+        assert rms_gain(GemmaRMSNorm(8)) == 1.0
+        assert rms_gain(nn.BatchNorm1d(8)) is None
+        assert rms_gain(nn.GroupNorm(2, 8)) is None
+
+
+def test_an_activation_waits_for_a_product() -> None:
+    x, up = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True)
+    waiting = Activated.of(x, nn.functional.silu)
+    assert waiting.shape == (3, 4)
+    product = waiting * up
+    assert type(product) is Tensor
+    assert type(product.grad_fn).__name__ == "_GatedBackward"
+    assert torch.equal(product, nn.functional.silu(x) * up)
+    assert torch.equal(torch.cat([waiting, up]), torch.cat([nn.functional.silu(x), up]))
+    assert torch.equal(up * Activated.of(x, nn.functional.silu), product)
+    assert torch.equal((waiting + 1).detach(), nn.functional.silu(x) + 1)
+
+
+def test_neighbours_are_lean_while_an_adapter_is_there() -> None:
+    model = llama()
+    delta = dw.attach(model, "lora", targets="attention.q")
+    mlp = model.model.layers[0].mlp  # type: ignore[union-attr, index]
+    assert is_wrapped(mlp.act_fn)
+    delta.detach()
+    assert not any(is_wrapped(module) for module in model.modules())
+
+
+def test_the_gradient_of_a_base_weight_is_not_lost() -> None:
+    model, inputs = build("gpt2")
+    dw.attach(model, "lora")
+    weight = model.transformer.h[1].mlp.c_fc.weight  # type: ignore[union-attr, index]
+    weight.requires_grad_(True)
+    zoo.loss_of("gpt2", model, inputs).backward()
+    assert float(weight.grad.abs().max()) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", ["lora", "lora[dora=true]", "oft", "fourierft", "houlsby"])
+def test_200_steps_end_at_the_same_loss(spec: str) -> None:
+    ends = []
+    for lean in (True, False):
+        model, inputs = build("llama")
+        delta = dw.attach(model, spec)
+        optimizer = torch.optim.AdamW(delta.parameter_groups(1e-3))
+        with contextlib.nullcontext() if lean else ordinary():
+            for _ in range(200):
+                loss = zoo.loss_of("llama", model, inputs)
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        ends.append(float(loss.detach()))
+    assert ends[0] == pytest.approx(ends[1], rel=1e-3)
