@@ -84,7 +84,7 @@ def run_rows(module: Any, run: Callable[..., Any], board: Board, args: tuple[Any
     # a graph with banks need not know who acts: of an adapter that does not stand here they hold zeros
     if (bank is None) if banked and compiling else not _stands(module, rows):
         return run(*args, **kwargs)
-    operation = Operation(run, args, kwargs)
+    operation = Operation(module, run, args, kwargs)
     x = operation.x
     if len(x) != len(rows.positions):
         if not _stands(module, rows):
