@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from deltaworks.core.forms import Factors
-from deltaworks.core.lean.remaking import NOTHING, acts, again, all_again, arithmetic, cast, kept, leaves, structure
+from deltaworks.core.lean.remaking import acts, again, arithmetic, autocasts, cast, leaves, save, structure, taken
 from deltaworks.core.places import features_of
 from deltaworks.core.quantized import compute_dtype, is_quantized
 from deltaworks.core.weights import base_tensors, effective, to_matrix
@@ -66,15 +66,14 @@ class _Products(torch.autograd.Function):
     def forward(ctx: Any, module: Any, run: Any, lows: Sequence[Low], x: Tensor, *factors: Tensor) -> Tensor:
         y = run(x)
         ctx.module, ctx.lows = module, lows
-        ctx.kept = [kept(x) if any(ctx.needs_input_grad[4:]) else NOTHING, *map(kept, factors)]
-        ctx.save_for_backward(*(part for one in ctx.kept for part in one.parts))
+        save(ctx, x if any(ctx.needs_input_grad[4:]) else None, *factors)
         add_products(y, x, lows, factors)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        x, *factors = all_again(ctx.kept, ctx.saved_tensors)
+        x, *factors = taken(ctx)  # asked for once: blocks that are computed again give them once
         g = gradient.reshape(-1, gradient.shape[-1])
         dx = None
         if ctx.needs_input_grad[3]:
@@ -139,21 +138,20 @@ class _Scaled(torch.autograd.Function):
         y = run(x).sub_(b)
         add_products(y, x, [low], [A, B])
         y.mul_(c.to(y.dtype)).add_(b)
-        ctx.module, ctx.low, ctx.keeps, ctx.kept = module, low, keeps, kept(x)
-        ctx.save_for_backward(A, B, c, b, *([y] if keeps else []), *ctx.kept.parts)
+        ctx.module, ctx.low, ctx.keeps = module, low, keeps
+        save(ctx, x, A, B, c, b, y if keeps else None)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        (A, B, c, b, *rest), low = ctx.saved_tensors, ctx.low
+        (x, A, B, c, b, y), low = taken(ctx), ctx.low
         g = gradient.reshape(-1, gradient.shape[-1])
-        x = ctx.kept.again(tuple(rest[ctx.keeps :]))
         seen = low.dropped(x.reshape(-1, x.shape[-1]))
         a, up, W = A.to(g.dtype), B.to(g.dtype), matrix(ctx.module).to(g.dtype)
         inner = seen @ a.T
         if ctx.keeps:
-            dc = ((rest[0].view(g.shape) - b) * g).sum(0) / c
+            dc = ((y.view(g.shape) - b) * g).sum(0) / c
         else:
             u = (x.reshape(-1, x.shape[-1]) @ W.T).addmm_(inner, up.T, alpha=low.scale)
             dc = u.mul_(g).sum(0)
@@ -206,7 +204,7 @@ def factors_of(tuner: Any) -> Factors:
 def in_arithmetic(x: Tensor) -> Tensor:
     """x in the dtype of autocast, where that acts."""
     device = x.device.type
-    return cast(x, torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+    return cast(x, torch.get_autocast_dtype(device)) if autocasts(device) else x
 
 
 class _Effective(torch.autograd.Function):
@@ -222,8 +220,7 @@ class _Effective(torch.autograd.Function):
     ) -> Tensor:
         weight, bias = values
         ctx.module, ctx.tuners, ctx.chance, ctx.theta, ctx.dtype = module, tuners, chance, theta, x.dtype
-        ctx.kept = kept(x) if weight.requires_grad else NOTHING
-        ctx.save_for_backward(*ctx.kept.parts)
+        save(ctx, x if weight.requires_grad else None)
         ctx.arithmetic = arithmetic(x.device.type)
         values.clear()
         return F.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
@@ -231,13 +228,13 @@ class _Effective(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        with torch.enable_grad(), ctx.chance.again(), ctx.arithmetic():
+        with torch.enable_grad(), ctx.chance.again(), ctx.arithmetic:
             weight, bias = _made(ctx.module, ctx.tuners, gradient)
         g = gradient.reshape(-1, gradient.shape[-1]).to(weight.dtype)
         dx = (g @ weight.detach()).to(ctx.dtype).view(*gradient.shape[:-1], -1) if ctx.needs_input_grad[4] else None
         outputs, given = [], []
         if weight.requires_grad:
-            x = ctx.kept.again(ctx.saved_tensors)
+            (x,) = taken(ctx)
             outputs.append(weight)
             given.append(g.T @ x.reshape(-1, x.shape[-1]).to(weight.dtype))
         if bias is not None and bias.requires_grad:

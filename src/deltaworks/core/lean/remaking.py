@@ -7,7 +7,7 @@ keep how these are made, and save nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -45,35 +45,38 @@ def made(y: Tensor, make: Callable[..., Tensor], *parts: Tensor) -> Tensor:
     return y
 
 
-class Kept(NamedTuple):
-    """What an autograd function saves in the place of a tensor, and how it gets the tensor back."""
-
-    parts: tuple[Tensor, ...]
-    recipe: Recipe | None = None
-
-    def again(self, saved: tuple[Tensor, ...]) -> Any:
-        """The tensor, of the saved parts; None where nothing was to be kept."""
-        if self.recipe is not None:
-            return self.recipe.again(saved)
-        return saved[0] if saved else None
+def save(ctx: Any, *tensors: Tensor | None) -> None:
+    """``ctx.save_for_backward``, of what tensors are made from where that is known. Nothing is saved for None."""
+    parts: list[Tensor] = []
+    ctx.recipes = []
+    for x in tensors:
+        own, recipe = parts_of(x)
+        parts += own
+        ctx.recipes.append((recipe, len(own)))
+    ctx.save_for_backward(*parts)
 
 
-def all_again(all_kept: Sequence[Kept], saved: Sequence[Tensor]) -> list[Any]:
-    """Several tensors, of the parts of all of them one after the other."""
-    left = iter(saved)
-    return [one.again(tuple(islice(left, len(one.parts)))) for one in all_kept]
+def taken(ctx: Any) -> list[Any]:
+    """The tensors that were given to ``save``. Once for each backward pass."""
+    return all_again(ctx.recipes, ctx.saved_tensors)
 
 
-NOTHING = Kept(())
-
-
-def kept(x: Tensor) -> Kept:
-    """What to save so that ``x`` can be had in the backward pass."""
+def parts_of(x: Tensor | None) -> tuple[tuple[Tensor, ...], Recipe | None]:
+    """What to keep so that ``x`` can be had in the backward pass, and how it is made of that."""
+    if x is None:
+        return (), None
     origin: Origin | None = getattr(x, "_origin", None)
     if origin is None or origin.version != x._version:
-        return Kept((x.detach(),))
+        return (x.detach(),), None
     origin.recipe.readers += 1
-    return Kept(origin.parts, origin.recipe)
+    return origin.parts, origin.recipe
+
+
+def all_again(recipes: Sequence[tuple[Recipe | None, int]], parts: Sequence[Tensor]) -> list[Any]:
+    """Several tensors, of the parts of all of them one after the other."""
+    left = iter(parts)
+    each = ((recipe, tuple(islice(left, count))) for recipe, count in recipes)
+    return [recipe.again(own) if recipe is not None else own[0] if own else None for recipe, own in each]
 
 
 class _Again(torch.autograd.Function):
@@ -81,17 +84,16 @@ class _Again(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, f: Callable[..., Tensor], value: list[Tensor], count: int, *inputs: Tensor) -> Tensor:
-        ctx.f, ctx.kept, ctx.theta = f, [kept(x) for x in inputs[:count]], inputs[count:]
-        ctx.arithmetic = arithmetic(value[0].device.type)
-        ctx.save_for_backward(*(part for one in ctx.kept for part in one.parts))
+        ctx.f, ctx.theta, ctx.arithmetic = f, inputs[count:], arithmetic(value[0].device.type)
+        save(ctx, *inputs[:count])
         return value.pop()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         needs = ctx.needs_input_grad[3:]
-        inputs = [x.detach() for x in all_again(ctx.kept, ctx.saved_tensors)]
-        with torch.enable_grad(), ctx.arithmetic():
+        inputs = [x.detach() for x in taken(ctx)]
+        with torch.enable_grad(), ctx.arithmetic:
             inputs = [x.requires_grad_(need) for x, need in zip(inputs, needs, strict=False)]
             y = ctx.f(*inputs)
         wanted = [x for x, need in zip((*inputs, *ctx.theta), needs, strict=True) if need]
@@ -114,12 +116,13 @@ def again(f: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
 
 def noted(y: Tensor, f: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Tensor:
     """``y``, noted as f of inputs that may themselves be made again."""
-    origins = [kept(x) for x in inputs]
+    found = [parts_of(x) for x in inputs]
+    recipes = [(recipe, len(parts)) for parts, recipe in found]
 
     def make(*parts: Tensor) -> Tensor:
-        return f(*all_again(origins, parts))
+        return f(*all_again(recipes, parts))
 
-    return made(y, as_now(make, y), *(part for one in origins for part in one.parts))
+    return made(y, as_now(make, y), *(part for parts, _ in found for part in parts))
 
 
 def structure() -> Any:
@@ -153,20 +156,27 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return made(y, lambda *parts: make(*parts).to(dtype), *origin.parts)
 
 
-def arithmetic(device: str) -> Callable[[], Any]:
-    """A maker of contexts in which autocast is what it is now: a backward pass runs outside of it."""
+def autocasts(device: str) -> bool:
+    """Whether autocast acts on a kind of device; on some, such as meta, it never does."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def arithmetic(device: str) -> AbstractContextManager[Any]:
+    """A context in which autocast is what it is now: a backward pass runs outside of it."""
+    if not torch.amp.is_autocast_available(device):
+        return nullcontext()
     enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-    return lambda: torch.autocast(device, dtype, enabled=enabled)
+    return torch.autocast(device, dtype, enabled=enabled)
 
 
 def as_now(run: Callable[..., Tensor], x: Tensor) -> Callable[..., Tensor]:
     """``run``, with autocast as it is now for the device of ``x``."""
-    if not torch.is_autocast_enabled(x.device.type):
+    if not autocasts(x.device.type):
         return run
     context = arithmetic(x.device.type)
 
     def again(*args: Tensor) -> Tensor:
-        with context():
+        with context:
             return run(*args)
 
     return again
