@@ -75,7 +75,7 @@ def _address(tensor: Tensor) -> int:
 
 
 def step_memory(model: nn.Module, loss_of: Callable[[], Tensor]) -> StepMemory:
-    """Measure one forward and backward pass; gradients are cleared and the random state is put back."""
+    """Measure one forward and backward pass, not compiled; gradients are cleared, the random state is put back."""
     own = {_address(tensor) for tensor in (*model.parameters(), *model.buffers())}
     # the tensors are kept while they are counted, or a storage could be freed and its address used again
     saved: dict[int, Tensor] = {}
@@ -86,7 +86,8 @@ def step_memory(model: nn.Module, loss_of: Callable[[], Tensor]) -> StepMemory:
         # not the tensor itself: an operation that saves its own output would then keep its graph alive for ever
         return tensor.detach()
 
-    with torch.random.fork_rng(), _LiveBytes() as counter:
+    # dynamo would pass over the forwards that it meets under a counter for good
+    with torch.compiler.set_stance("force_eager"), torch.random.fork_rng(), _LiveBytes() as counter:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             loss = loss_of()
         kept = sum(tensor.untyped_storage().nbytes() for address, tensor in saved.items() if address not in own)

@@ -77,6 +77,7 @@ class Recipe(BaseModel):
     gradient_checkpointing: Checkpointing = Field(
         False, description="compute activations again in the backward pass: block (or true), selective or offload"
     )
+    compile: bool = Field(False, description="compile each block with torch.compile")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:1")
     threads: Whole | None = Field(None, description="threads of the processor; default: torch's choice")
     curve_points: Whole = Field(10, description="validation scores taken during training")

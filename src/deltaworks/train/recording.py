@@ -21,7 +21,7 @@ SCHEDULE = (
     "epochs", "head_rate", "weight_decay", "warmup", "clip", "max_length", "group_by_length", "gradient_checkpointing",
 )  # fmt: skip
 """Fields of a recipe that decide a result and have no field of their own in a record."""
-LATER = {"search", "searched_on", "decay", "target_length", "score", "beams", "packing"}
+LATER = {"search", "searched_on", "decay", "target_length", "score", "beams", "packing", "compile"}
 """Such fields that are named only where they are not the default, so that the keys of earlier runs stay."""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
@@ -17,6 +17,7 @@ from deltaworks.core.errors import UserError
 from deltaworks.core.registry import Config
 from deltaworks.train.batching import Encoded, batches
 from deltaworks.train.checkpointing import check_kind, checkpointed, uncached
+from deltaworks.train.compiling import check_compiler, compiled
 from deltaworks.train.data import Data, load_data
 from deltaworks.train.devices import Team
 from deltaworks.train.forgetting import Probe, probe_of
@@ -83,8 +84,13 @@ class Stage:
     @contextmanager
     def lean(self, delta: Delta) -> Iterator[None]:
         """What the recipe asks for to save memory and time in training, while inside."""
-        with uncached(self.model), checkpointed(delta, self.recipe.gradient_checkpointing):
-            if self.recipe.packing:
+        recipe = self.recipe
+        with ExitStack() as stack:
+            stack.enter_context(uncached(self.model))
+            if recipe.compile:
+                stack.enter_context(compiled(delta))
+            stack.enter_context(checkpointed(delta, recipe.gradient_checkpointing))
+            if recipe.packing:
                 check_packed(self.model, str(self.config))
             yield
 
@@ -125,6 +131,8 @@ def prepare(recipe: Recipe, data: Data | None = None, team: Team | None = None) 
     team = team or Team()
     device = team.device or device_of(recipe.device)
     check_kind(recipe.gradient_checkpointing, device)
+    if recipe.compile:
+        check_compiler(device)
     if recipe.batch_size < team.size:
         raise UserError(f"batch_size={recipe.batch_size} leaves some of {team.size} processes nothing: raise it")
     if recipe.threads is not None:
