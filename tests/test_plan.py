@@ -165,7 +165,8 @@ def test_floating_point_operations_in_closed_form(llama: str) -> None:
 def test_checkpointing_trades_arithmetic_for_memory(llama: str) -> None:
     plain, half, again = (plan(llama, checkpointing=kind) for kind in (None, "selective", "block"))
     assert again.activation_bytes < 0.6 * plain.activation_bytes
-    assert again.peak_bytes < half.peak_bytes < plain.peak_bytes
+    assert again.activation_bytes < half.activation_bytes < plain.activation_bytes
+    assert again.peak_bytes <= half.peak_bytes <= plain.peak_bytes
     assert 1.2 < again.flops / plain.flops < 1.6
     assert again.flops - half.flops == pytest.approx(half.flops - plain.flops, rel=0.2)
     away = plan(llama, checkpointing="offload", hardware="rtx-4090")

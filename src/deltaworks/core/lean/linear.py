@@ -38,10 +38,12 @@ class Low(NamedTuple):
 
 def is_linear(module: Any) -> bool:
     """Whether a wrapped module computes ``x W^T + b`` with frozen weights that lie where x does, and nothing else."""
+    if is_quantized(module):
+        return True
     if module._own_forward is not None or any(p is not None and p.requires_grad for p in module._parameters.values()):
         return False
     plain = module._plain_class
-    return plain.forward is nn.Linear.forward or is_quantized(module) or plain.__name__ == "Conv1D"
+    return plain.forward is nn.Linear.forward or plain.__name__ == "Conv1D"
 
 
 def matrix(module: Any) -> Tensor:

@@ -34,14 +34,35 @@ class Recipe:
 
 
 class Origin(NamedTuple):
+    """How a tensor was made, of what, at which version, and by whom tensors were saved then (see ``savers``)."""
+
     recipe: Recipe
     parts: tuple[Tensor, ...]
     version: int
+    savers: Any
+
+
+def savers() -> Any:
+    """The hooks that saved tensors go through now.
+
+    A block that is computed again has its own, and must save the same number of tensors both times: so what was made
+    outside of it, where a copy may take its place, is saved inside of it as it is.
+    """
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
+def origin_of(x: Tensor) -> Origin | None:
+    """How ``x`` was made, if that is known, still so, and what it was made of is saved here."""
+    origin: Origin | None = getattr(x, "_origin", None)
+    if origin is None or origin.version != x._version or origin.savers != savers():
+        return None
+    return origin
 
 
 def made(y: Tensor, make: Callable[..., Tensor], *parts: Tensor) -> Tensor:
     """``y``, noted as ``make(*parts)``. The parts must be what its maker saves."""
-    y._origin = Origin(Recipe(make), tuple(part.detach() for part in parts), y._version)  # type: ignore[attr-defined]
+    own = tuple(part.detach() for part in parts)
+    y._origin = Origin(Recipe(make), own, y._version, savers())  # type: ignore[attr-defined]
     return y
 
 
@@ -65,8 +86,8 @@ def parts_of(x: Tensor | None) -> tuple[tuple[Tensor, ...], Recipe | None]:
     """What to keep so that ``x`` can be had in the backward pass, and how it is made of that."""
     if x is None:
         return (), None
-    origin: Origin | None = getattr(x, "_origin", None)
-    if origin is None or origin.version != x._version:
+    origin = origin_of(x)
+    if origin is None:
         return (x.detach(),), None
     origin.recipe.readers += 1
     return origin.parts, origin.recipe
@@ -148,9 +169,8 @@ def leaves(*tensors: Tensor | None) -> list[Tensor]:
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     """``x.to(dtype)``, of which it is known how it was made where it is known of ``x``."""
-    origin: Origin | None = getattr(x, "_origin", None)
-    y = x.to(dtype)
-    if y is x or origin is None or origin.version != x._version:
+    y, origin = x.to(dtype), origin_of(x)
+    if y is x or origin is None:
         return y
     make = origin.recipe.make
     return made(y, lambda *parts: make(*parts).to(dtype), *origin.parts)
