@@ -97,8 +97,10 @@ def test_less_is_kept_than_by_the_frozen_model(spec: str, most: float) -> None:
 def test_a_mask_is_the_same_in_both_passes_and_scaled() -> None:
     low = Low(0, 1, 1.0, 0.25, seed=3)
     x = torch.ones(200, 50, dtype=torch.float64)
-    dropped = low.dropped(x)
-    assert torch.equal(dropped, low.dropped(x))
+    kept = low.kept(x)
+    assert kept is not None
+    assert torch.equal(kept, low.kept(x))  # type: ignore[arg-type]
+    dropped = low.dropped(x, kept)
     assert set(dropped.unique().tolist()) == {0.0, 1 / 0.75}
     assert abs(float(dropped.mean()) - 1) < 0.03
 

@@ -27,13 +27,18 @@ class Low(NamedTuple):
     dropout: float
     seed: int
 
-    def dropped(self, x: Tensor) -> Tensor:
-        """x with some entries zero and the others larger. The same ones in both passes."""
+    def kept(self, x: Tensor) -> Tensor | None:
+        """Which entries dropout keeps: the same ones in both passes. Each of them has 16 random bits."""
         if not self.dropout:
-            return x
+            return None
         generator = torch.Generator(x.device).manual_seed(self.seed)
-        mask = torch.empty_like(x).bernoulli_(1 - self.dropout, generator=generator)
-        return mask.mul_(x).div_(1 - self.dropout)
+        words = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
+        bits = words.random_(-(2**63), None, generator=generator).view(torch.int16)
+        return bits[: x.numel()].view(x.shape) >= round(2**16 * (self.dropout - 0.5))
+
+    def dropped(self, x: Tensor, kept: Tensor | None) -> Tensor:
+        """x with the other entries zero, and those that are kept larger."""
+        return x if kept is None else torch.where(kept, x / (1 - self.dropout), 0)
 
 
 def is_linear(module: Any) -> bool:
@@ -88,14 +93,15 @@ class _Products(torch.autograd.Function):
             part = g[:, low.start : low.stop]
             back = part @ B.to(g.dtype)
             a = A.to(g.dtype)
-            dA = dB = None
+            dA = dB = kept = None
             if x is not None and any(wants):
-                seen = low.dropped(x)
+                kept = low.kept(x)
+                seen = low.dropped(x, kept)
                 dA = (low.scale * (back.T @ seen)).to(A.dtype) if wants[0] else None
                 dB = (low.scale * (part.T @ (seen @ a.T))).to(B.dtype) if wants[1] else None
             if dx is not None:
                 if low.dropout:
-                    dx += low.dropped(low.scale * (back @ a))
+                    dx.add_(low.dropped(back @ a, low.kept(dx) if kept is None else kept), alpha=low.scale)
                 else:
                     dx.addmm_(back, a, alpha=low.scale)
             gradients += [dA, dB]
@@ -107,7 +113,7 @@ def add_products(y: Tensor, x: Tensor, lows: Sequence[Low], factors: Sequence[Te
     """Add the products to y [..., out] in place."""
     flat, out = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
     for low, A, B in zip(lows, factors[::2], factors[1::2], strict=True):
-        inner = low.dropped(flat) @ A.to(x.dtype).T
+        inner = low.dropped(flat, low.kept(flat)) @ A.to(x.dtype).T
         out[:, low.start : low.stop].addmm_(inner.to(y.dtype), B.to(y.dtype).T, alpha=low.scale)
 
 
@@ -149,18 +155,20 @@ class _Scaled(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         (x, A, B, c, b, y), low = taken(ctx), ctx.low
         g = gradient.reshape(-1, gradient.shape[-1])
-        seen = low.dropped(x.reshape(-1, x.shape[-1]))
+        x = x.reshape(-1, x.shape[-1])
+        kept = low.kept(x)
+        seen = low.dropped(x, kept)
         a, up, W = A.to(g.dtype), B.to(g.dtype), matrix(ctx.module).to(g.dtype)
         inner = seen @ a.T
         if ctx.keeps:
             dc = ((y.view(g.shape) - b) * g).sum(0) / c
         else:
-            u = (x.reshape(-1, x.shape[-1]) @ W.T).addmm_(inner, up.T, alpha=low.scale)
+            u = (x @ W.T).addmm_(inner, up.T, alpha=low.scale)
             dc = u.mul_(g).sum(0)
         h = g * c.to(g.dtype)
         back = h @ up
         dA, dB = low.scale * (back.T @ seen), low.scale * (h.T @ inner)
-        dx = (h @ W).add_(low.dropped(back @ a), alpha=low.scale).view(*gradient.shape[:-1], -1)
+        dx = (h @ W).add_(low.dropped(back @ a, kept), alpha=low.scale).view(*gradient.shape[:-1], -1)
         return None, None, None, None, dx, dA.to(A.dtype), dB.to(B.dtype), dc.to(c.dtype), None
 
 
