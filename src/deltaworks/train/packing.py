@@ -34,12 +34,12 @@ def packed(examples: Sequence[Encoded], pad: int, *, flat: bool = False) -> dict
     free: list[int] = []
     for example in sorted(examples, key=length_of, reverse=True):
         length = length_of(example)
-        row = next((index for index, room in enumerate(free) if room >= length), len(rows))
-        if row == len(rows):
+        first = next((index for index, room in enumerate(free) if room >= length), len(rows))
+        if first == len(rows):
             rows.append([])
             free.append(width)
-        rows[row].append(example)
-        free[row] -= length
+        rows[first].append(example)
+        free[first] -= length
     batch: dict[str, list[list[int]]] = {"input_ids": [], "position_ids": [], "labels": []}
     for row, room in zip(rows, free, strict=True):
         batch["input_ids"].append([token for example in row for token in example["input_ids"]] + [pad] * room)
