@@ -1,5 +1,6 @@
 """The activation density of feed-forward layers: a smooth count of what is not zero, as a term of the loss."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from deltaworks.core.board import Tap
 from deltaworks.core.delta import Delta
 from deltaworks.core.errors import UserError
 from deltaworks.core.history import History
+from deltaworks.core.lean.remaking import again
 from deltaworks.core.places import LINEAR
 from deltaworks.core.procedure import Procedure, Run
 
@@ -65,7 +67,11 @@ class Density(Procedure):
     def counted(self, layers: dict[str, Tensor], stack: str, count: Any) -> Tensor:
         """The mean over samples and layers of ``count(O)``."""
         mask = self.masks[stack].value if stack in self.masks else None
-        means = [mean_of(count(self.gate(path) * read), mask).mean() for path, read in layers.items()]
+
+        def mean(path: str, read: Tensor) -> Tensor:
+            return mean_of(count(self.gate(path) * read), mask).mean()
+
+        means = [again(partial(mean, path), read) for path, read in layers.items()]
         return torch.stack([mean.to(means[0].device) for mean in means]).mean()
 
     def loss(self, loss: Tensor) -> Tensor:
