@@ -148,7 +148,8 @@ def advice(records: Sequence[Record]) -> Iterator[str]:
     yield (
         "From the rules alone, without these records, among the methods that were run. It stands where the method is "
         "in the best rank group or on the Pareto front of score and trained values, among those that keep the "
-        "constraint."
+        "constraint. \"Not run\" is an answer, such as a smaller rank or a smaller batch, of which there is no run that "
+        "keeps the constraint."
     )
     yield ""
     yield "| world | constraint | advised | stands | score | best |"
@@ -160,7 +161,7 @@ def advice(records: Sequence[Record]) -> Iterator[str]:
             score = "-" if verdict.score is None else f"{100 * verdict.score:.1f}"
             yield "| " + " | ".join([
                 f"{verdict.comparison.partition(' with ')[0]}, {answer.model}", constraint, answer.method,
-                join(how) or "**no**", score, f"{100 * verdict.best_score:.1f} ({verdict.best.partition('[')[0]})",
+                "not run" if verdict.score is None else join(how) or "**no**", score, f"{100 * verdict.best_score:.1f} ({verdict.best.partition('[')[0]})",
             ]) + " |"  # fmt: skip
 
 

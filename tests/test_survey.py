@@ -1,9 +1,17 @@
 """The trainable parameters of the survey's head-to-head (arXiv:2303.15647, version 2) on its three T5 models."""
 
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
 import pytest
 import zoo
 
 import deltaworks as dw
+from deltaworks.advise.evidence import read_own
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 QV = "targets='attention.[qv],cross_attention.[qv]'"
 COUNTS = {
@@ -30,3 +38,39 @@ def test_trainable_parameters_on_t5(method: str) -> None:
         delta = dw.attach(zoo.real(size), method)
         found.append(sum(parameter.numel() for parameter in delta.parameters()))
     assert tuple(found) == COUNTS[method]
+
+
+@pytest.fixture(scope="module")
+def survey() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("survey", BENCHMARKS / "survey.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["survey"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_records_of_survey_small_are_whole() -> None:
+    records = read_own(BENCHMARKS / "results" / "survey-small")
+    worlds = {(record.data.name, record.model.id) for record in records}
+    assert len(worlds) == 3
+    assert all(record.status == "finished" for record in records)
+    seeds: dict[tuple[str, str], set[int]] = {}
+    for record in records:
+        seeds.setdefault((record.data.name, record.method), set()).add(record.seed)
+    assert len(records) == 153
+    assert set(map(len, seeds.values())) == {3}
+
+
+@pytest.mark.slow
+def test_advice_stands_where_it_was_run(survey: ModuleType) -> None:
+    """The advised method is in the best rank group, or on the Pareto front, of those that keep the constraint."""
+    verdicts = [
+        verdict
+        for answer in survey.answers(read_own(BENCHMARKS / "results" / "survey-small"))
+        for verdict in answer.verdicts
+    ]
+    held = [verdict for verdict in verdicts if verdict.score is not None]
+    assert len(held) >= 18
+    assert all(verdict.in_best_group or verdict.on_front for verdict in held)
