@@ -1,6 +1,7 @@
 """Lean autograd gives the gradients of torch's own, and keeps what it says."""
 
 import contextlib
+import io
 
 import pytest
 import torch
@@ -159,6 +160,17 @@ def test_neighbours_are_lean_while_an_adapter_is_there() -> None:
     assert is_wrapped(mlp.act_fn)
     delta.detach()
     assert not any(is_wrapped(module) for module in model.modules())
+
+
+def test_tensors_are_saved_and_copied_as_any_other() -> None:
+    model, inputs = build("llama")
+    dw.attach(model, "lora")
+    hidden = model(**inputs, output_hidden_states=True).hidden_states[-1]
+    assert hidden._origin is not None
+    file = io.BytesIO()
+    torch.save(hidden, file)
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=False), hidden)
 
 
 def test_the_gradient_of_a_base_weight_is_not_lost() -> None:

@@ -85,8 +85,7 @@ def _again(block: nn.Module, own: Any, hooks: Any, *args: Any, **kwargs: Any) ->
     def call(*tensors: Tensor) -> Any:
         values = list(held)
         for index, tensor in zip(moving, tensors, strict=True):
-            # a view: what is noted on the tensor itself, such as how it was made, is not known both times
-            values[index] = tensor.view_as(tensor)
+            values[index] = tensor
         return run(*values[: len(args)], **dict(zip(kwargs, values[len(args) :], strict=True)))
 
     with hooks():

@@ -41,6 +41,10 @@ class Origin(NamedTuple):
     version: int
     savers: Any
 
+    def __reduce__(self) -> Any:
+        """Copies and files of a tensor do not know how it was made: nothing here can be written."""
+        return type(None), ()
+
 
 def savers() -> Any:
     """The hooks that saved tensors go through now.
