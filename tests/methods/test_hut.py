@@ -89,15 +89,13 @@ def test_backward_equals_autograd(shape: tuple[int, int, int]) -> None:
     assert torch.autograd.gradcheck(Hadamard.apply, doubles)
 
 
-def test_nothing_but_the_weights_and_the_input_is_kept_for_the_backward_pass() -> None:
-    """W, the W' that the product with the gradient needs, x, and the small factors."""
+def test_nothing_but_the_input_is_kept_for_the_backward_pass() -> None:
+    """Not W', nor anything of its size: it is made again."""
     model, _, tuner = attached(64, 64, bias=False)
-    kept: dict[int, int] = {}
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.update({t.data_ptr(): t.numel()}) or t, lambda t: t):  # type: ignore
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):  # type: ignore
         y = model(torch.randn(2, 64, requires_grad=True))
-    large = [pointer for pointer, size in kept.items() if size >= 64 * 64]
-    assert len(large) == 2
-    assert model[0].weight.data_ptr() in large
+    assert kept == [2 * 64]
     y.sum().backward()
     assert tuner.A.grad is not None
 

@@ -48,8 +48,8 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     if merged := next((name for name in used if board.deltas[name].merged), None):
         raise UserError(f"adapter {merged!r} is merged into the weights: unmerge it before mixing rows")
     board.banks = board.banks or Banks()
+    board.banks.admit(board.deltas[name] for name in used)
     with board.fitted(used):
-        board.banks.admit(board.deltas[name] for name in used)
         before, board.rows = board.rows, _assigned(board, model, used, names)
         try:
             yield

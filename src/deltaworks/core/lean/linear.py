@@ -12,7 +12,18 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from deltaworks.core.forms import Factors
-from deltaworks.core.lean.remaking import acts, again, arithmetic, autocasts, cast, leaves, save, structure, taken
+from deltaworks.core.lean.remaking import (
+    acts,
+    again,
+    arithmetic,
+    autocasts,
+    cast,
+    leaves,
+    origin_of,
+    save,
+    structure,
+    taken,
+)
 from deltaworks.core.places import features_of
 from deltaworks.core.quantized import compute_dtype, is_quantized
 from deltaworks.core.weights import base_tensors, effective, to_matrix
@@ -72,15 +83,18 @@ class _Products(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, module: Any, run: Any, lows: Sequence[Low], x: Tensor, *factors: Tensor) -> Tensor:
         y = run(x)
-        ctx.module, ctx.lows = module, lows
-        save(ctx, x if any(ctx.needs_input_grad[4:]) else None, *factors)
-        add_products(y, x, lows, factors)
+        inners = add_products(y, x, lows, factors)
+        ctx.module, ctx.lows, needs = module, lows, ctx.needs_input_grad[4:]
+        # for dB alone x A^T is enough, which is small
+        of_x = any(needs[::2]) or (any(needs) and origin_of(x) is not None)
+        save(ctx, x if of_x else None, *factors, *(inners if any(needs) and not of_x else ()))
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        x, *factors = taken(ctx)  # asked for once: blocks that are computed again give them once
+        x, *rest = taken(ctx)  # asked for once: blocks that are computed again give them once
+        factors, inners = rest[: 2 * len(ctx.lows)], rest[2 * len(ctx.lows) :] or [None] * len(ctx.lows)
         g = gradient.reshape(-1, gradient.shape[-1])
         dx = None
         if ctx.needs_input_grad[3]:
@@ -89,7 +103,8 @@ class _Products(torch.autograd.Function):
         x = x if x is None else x.reshape(-1, x.shape[-1])
         gradients: list[Tensor | None] = []
         needs = ctx.needs_input_grad[4:]
-        for low, A, B, *wants in zip(ctx.lows, factors[::2], factors[1::2], needs[::2], needs[1::2], strict=True):
+        pairs = zip(ctx.lows, factors[::2], factors[1::2], inners, needs[::2], needs[1::2], strict=True)
+        for low, A, B, inner, *wants in pairs:
             part = g[:, low.start : low.stop]
             back = part @ B.to(g.dtype)
             a = A.to(g.dtype)
@@ -97,8 +112,10 @@ class _Products(torch.autograd.Function):
             if x is not None and any(wants):
                 kept = low.kept(x)
                 seen = low.dropped(x, kept)
+                inner = seen @ a.T
                 dA = (low.scale * (back.T @ seen)).to(A.dtype) if wants[0] else None
-                dB = (low.scale * (part.T @ (seen @ a.T))).to(B.dtype) if wants[1] else None
+            if wants[1]:
+                dB = (low.scale * (part.T @ inner)).to(B.dtype)
             if dx is not None:
                 if low.dropout:
                     dx.add_(low.dropped(back @ a, low.kept(dx) if kept is None else kept), alpha=low.scale)
@@ -109,12 +126,13 @@ class _Products(torch.autograd.Function):
         return None, None, None, None if dx is None else dx.view(shape), *gradients
 
 
-def add_products(y: Tensor, x: Tensor, lows: Sequence[Low], factors: Sequence[Tensor]) -> None:
-    """Add the products to y [..., out] in place."""
-    flat, out = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+def add_products(y: Tensor, x: Tensor, lows: Sequence[Low], factors: Sequence[Tensor]) -> list[Tensor]:
+    """Add the products to y [..., out] in place; the inner ones x A^T [tokens, r]."""
+    flat, out, inners = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1]), []
     for low, A, B in zip(lows, factors[::2], factors[1::2], strict=True):
-        inner = low.dropped(flat, low.kept(flat)) @ A.to(x.dtype).T
-        out[:, low.start : low.stop].addmm_(inner.to(y.dtype), B.to(y.dtype).T, alpha=low.scale)
+        inners.append((low.dropped(flat, low.kept(flat)) @ A.to(x.dtype).T).to(y.dtype))
+        out[:, low.start : low.stop].addmm_(inners[-1], B.to(y.dtype).T, alpha=low.scale)
+    return inners
 
 
 def products(module: Any, run: Callable[[Tensor], Tensor], tuners: Sequence[Any], x: Tensor) -> Tensor:
