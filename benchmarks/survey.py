@@ -148,8 +148,8 @@ def advice(records: Sequence[Record]) -> Iterator[str]:
     yield (
         "From the rules alone, without these records, among the methods that were run. It stands where the method is "
         "in the best rank group or on the Pareto front of score and trained values, among those that keep the "
-        "constraint. \"Not run\" is an answer, such as a smaller rank or a smaller batch, of which there is no run that "
-        "keeps the constraint."
+        "constraint. An answer is 'not run' where no run of the method keeps the constraint: a smaller rank or a "
+        "smaller batch would."
     )
     yield ""
     yield "| world | constraint | advised | stands | score | best |"
@@ -158,10 +158,11 @@ def advice(records: Sequence[Record]) -> Iterator[str]:
         constraint = ", ".join(f"{key} {value}" for key, value in answer.wishes.items()) or "none"
         for verdict in answer.verdicts:
             how = [word for word, true in (("best group", verdict.in_best_group), ("front", verdict.on_front)) if true]
+            stands = "not run" if verdict.score is None else join(how) or "**no**"
             score = "-" if verdict.score is None else f"{100 * verdict.score:.1f}"
             yield "| " + " | ".join([
                 f"{verdict.comparison.partition(' with ')[0]}, {answer.model}", constraint, answer.method,
-                "not run" if verdict.score is None else join(how) or "**no**", score, f"{100 * verdict.best_score:.1f} ({verdict.best.partition('[')[0]})",
+                stands, score, f"{100 * verdict.best_score:.1f} ({verdict.best.partition('[')[0]})",
             ]) + " |"  # fmt: skip
 
 
