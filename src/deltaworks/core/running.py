@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from deltaworks.core import experts
 from deltaworks.core.lean import linear
-from deltaworks.core.lean.remaking import acts
+from deltaworks.core.lean.remaking import acts, again
 from deltaworks.core.places import LINEAR
 from deltaworks.core.quantized import is_quantized
 from deltaworks.core.trunks import run_trunk
@@ -67,6 +67,11 @@ def run_weights(module: Any, run: Callable[..., Any], tuners: list[Any], args: t
                 return (linear.weighted if acts() else linear.multiplied)(module, heavy, x)
             if experts.can_run(module, heavy, (x, *operation.rest), operation.kwargs):
                 return experts.run(module, heavy, x, *operation.rest)
+            if heavy[0].place.kind in ("norm", "embedding") and not (operation.rest or operation.kwargs):
+                return again(shown, x)  # neither the weight nor what the operation makes of it is kept
+            return shown(x)
+
+        def shown(x: Any) -> Tensor:
             module._effective = effective(heavy, base_tensors(module))
             try:
                 return operation(x)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from deltaworks.core.forms import Factors
 from deltaworks.core.lean.remaking import (
+    Chance,
     acts,
     again,
     arithmetic,
@@ -289,23 +289,7 @@ def multiplied(module: Any, tuners: Sequence[Any], x: Tensor) -> Tensor:
 
 def weighted(module: Any, tuners: Sequence[Any], x: Tensor) -> Tensor:
     """A linear layer with tuners that act through its effective weight."""
-    x, chance = in_arithmetic(x), Chance(x.device)
+    x, chance = in_arithmetic(x), Chance(x)
     with structure():
         values = list(_made(module, tuners, x))
     return _Effective.apply(module, tuners, values, chance, x, *leaves(*values))
-
-
-class Chance:
-    """The state of the random numbers at one moment, for what is made again."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.devices = [device] if device.type == "cuda" else []
-        self.states = [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in self.devices)]
-
-    @contextmanager
-    def again(self) -> Iterator[None]:
-        with torch.random.fork_rng(self.devices):
-            torch.set_rng_state(self.states[0])
-            for device, state in zip(self.devices, self.states[1:], strict=True):
-                torch.cuda.set_rng_state(state, device)
-            yield

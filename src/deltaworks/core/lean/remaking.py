@@ -104,8 +104,24 @@ def all_again(recipes: Sequence[tuple[Recipe | None, int]], parts: Sequence[Tens
     return [recipe.again(own) if recipe is not None else own[0] if own else None for recipe, own in each]
 
 
+class Chance:
+    """The state of the random numbers at one moment, for what is made again."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self.devices = list({tensor.device for tensor in tensors if tensor.device.type == "cuda"})
+        self.states = [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in self.devices)]
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        with torch.random.fork_rng(self.devices):
+            torch.set_rng_state(self.states[0])
+            for device, state in zip(self.devices, self.states[1:], strict=True):
+                torch.cuda.set_rng_state(state, device)
+            yield
+
+
 class _Again(torch.autograd.Function):
-    """f(x, ..) of which no intermediate result is kept: f, which draws no random numbers, is run again in backward."""
+    """f(x, ..) of which no intermediate result is kept: f is run again for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, f: Callable[..., Tensor], value: list[Tensor], count: int, *inputs: Tensor) -> Tensor:
@@ -131,12 +147,18 @@ def again(f: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     if not acts():
         return f(*inputs)
     alone = [x.detach().requires_grad_(x.requires_grad) for x in inputs]
+    chance = Chance(*inputs)
     with structure():
         y = f(*alone)
     if not y.requires_grad:
         return y
+
+    def replayed(*inputs: Tensor) -> Tensor:
+        with chance.again():
+            return f(*inputs)
+
     theta = [leaf for leaf in leaves(y) if not any(leaf is x for x in alone)]
-    return noted(_Again.apply(f, [y.detach()], len(inputs), *inputs, *theta), f, inputs)
+    return noted(_Again.apply(replayed, [y.detach()], len(inputs), *inputs, *theta), replayed, inputs)
 
 
 def noted(y: Tensor, f: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Tensor:
