@@ -38,9 +38,9 @@ def gradient(model: Any, data: list[Any]) -> Tensor:
 
 
 def aligned(found: Tensor, expected: Tensor, size: float) -> None:
-    """Rows that are ``size`` times those expected, up to their signs."""
+    """Rows that are ``size`` times those expected, up to their signs and to the rounding to bfloat16."""
     products = found @ expected.T / size
-    torch.testing.assert_close(products.abs(), torch.eye(len(found)), rtol=0, atol=1e-3)
+    torch.testing.assert_close(products.abs(), torch.eye(len(found)), rtol=0, atol=4e-3)
 
 
 @pytest.mark.parametrize(
@@ -54,8 +54,8 @@ def test_starts_from_the_singular_vectors_of_the_mean_gradient(directions: str, 
     size = OUT**0.25 / 16**0.5
     aligned(tuner.A.detach(), V[a], size)
     aligned(tuner.B.detach().T, U.T[b], size)
-    assert torch.equal(tuner.A0, tuner.A)
-    assert torch.equal(tuner.B0, tuner.B)
+    assert torch.equal(tuner.A0.float(), tuner.A)
+    assert torch.equal(tuner.B0.float(), tuner.B)
     share = float(S[:4].square().sum() / S.square().sum())
     assert delta.procedure.details()["lora_ga_gradient_share"] == {"0": pytest.approx(share, rel=1e-3)}
 
@@ -76,7 +76,7 @@ def test_the_first_step_follows_the_gradient_of_full_fine_tuning() -> None:
     U, S, V = torch.linalg.svd(G)
     best = (U[:, :4] * S[:4]) @ V[:4]
     step = tuner.scale * (tuner.B.grad @ tuner.A + tuner.B @ tuner.A.grad).detach()
-    torch.testing.assert_close(step, 3**2 * OUT**0.5 / 16 * best, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(step, 3**2 * OUT**0.5 / 16 * best, rtol=1e-2, atol=2e-3)
 
 
 def test_the_base_is_kept_and_is_what_the_model_computes_at_step_0() -> None:
@@ -120,7 +120,7 @@ def test_saved_with_its_start_and_not_started_again(family: str, tmp_path: Path)
     disturb(delta)
     moved = zoo.output_of(family, model, inputs)
     trained = delta.report().trainable
-    assert 8 * trained <= delta.report().stored_bytes <= 8.1 * trained
+    assert 6 * trained <= delta.report().stored_bytes <= 6.1 * trained
     for training in (False, True):
         delta.save(tmp_path, training=training)
         fresh, _ = zoo.ZOO[family]()

@@ -30,6 +30,7 @@ class Row:
 class Report:
     """``changed`` counts entries of the base that the adapter changes now, and entries that it adds.
 
+    ``stored_bytes`` are those of its tensors; a file holds the positions of sparse methods in fewer.
     Printed, it is a table of at most 80 columns for models whose roles have short names.
     """
 

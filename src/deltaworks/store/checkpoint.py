@@ -22,6 +22,7 @@ from deltaworks.core.sharding import whole
 from deltaworks.store import foreign
 from deltaworks.store.files import check_writable, read_json, write_atomically
 from deltaworks.store.hub import located
+from deltaworks.store.positions import expanded, squeezed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -73,7 +74,7 @@ def save(
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise UserError(f"tensor {key!r} holds values that are not finite, so {delta.name!r} is not saved")
     progress = pack(delta.procedure.state(), tensors, "procedure") if training else None
-    blob = serialize(tensors)
+    blob = serialize(squeezed(tensors))
     file = f"adapter-{hashlib.sha256(blob).hexdigest()[:12]}.safetensors"
     manifest = {
         "format": FORMAT,
@@ -130,7 +131,7 @@ def read_tensors(folder: str | Path, manifest: Mapping[str, Any]) -> dict[str, T
     if hashlib.sha256(blob).hexdigest() != manifest["sha256"]:
         raise UserError(f"{str(path)!r} is truncated or was changed since it was saved: copy or train it again")
     try:
-        return deserialize(blob)
+        return expanded(deserialize(blob))
     except SafetensorError as error:
         raise UserError(f"{str(path)!r} is not a safetensors file ({error})") from None
 

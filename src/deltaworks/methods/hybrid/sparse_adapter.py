@@ -9,7 +9,7 @@ magnitude: |theta|; random: N(0, 1). M never changes. Large-Sparse: c times the 
 Count: N - floor((1 - keep) N) and what stays whole: biases, and matrices that no checkpoint holds, as of the MLP
 behind a prefix (RoBERTa-base, Houlsby m = 64, keep = 1: 2,379,264).
 Departure: the published option `sparsity` means what is kept, and its comparison drops all of equal scores; here
-exactly the count stays, and only its values exist, stored with their positions (8 bytes each). GraSP and SynFlow,
+exactly the count stays, and only its values exist, stored with their positions (5 to 6 bytes). GraSP and SynFlow,
 which need second derivatives or inputs of ones, are left out. snip cannot tell the entries of one matrix apart where
 the other one starts at zero.
 """

@@ -4,8 +4,9 @@ Paper: LoRA-GA: Low-Rank Adaptation with Gradient Approximation, Wang et al., 20
 
 Formula: W' = W + s (B A - B0 A0), A [r, in], B [out, r]. With G = U S V^T the gradient of the weight, averaged over
 a few batches before the first step, A0 = c V_{1..r}^T and B0 = c U_{r+1..2r}, c = out^(1/4) / sqrt(gamma).
-Count: r (in + out) for each weight; stored are twice as many values, since A0 and B0 cannot be made again.
+Count: r (in + out) for each weight; stored are as many values again, in bfloat16, as A0 and B0 cannot be made again.
 Departure: the published code writes W - s B0 A0 over the base; here the base stays, and A0, B0 are kept beside A and B.
+The start is rounded to bfloat16, so that they take half the room.
 """
 
 from collections.abc import Mapping
@@ -54,14 +55,14 @@ class LoRAGATuner(LoRATuner):
         turns = slice(1, 2 * rank, 2), slice(0, 2 * rank, 2)
         a, b = {"ArB2r": (first, second), "A2rBr": (second, first), "ArBr": turns}[directions]
         size = len(gradient) ** 0.25 / gamma**0.5
-        self.A.copy_(size * V[:, a].T)
-        self.B.copy_(size * U[:, b])
-        self.A0, self.B0 = self.A.detach().clone(), self.B.detach().clone()
+        self.A0, self.B0 = (size * V[:, a].T).bfloat16(), (size * U[:, b]).bfloat16()
+        self.A.copy_(self.A0)
+        self.B.copy_(self.B0)
         return float(S[: 2 * rank].square().sum() / gradient.square().sum().clamp(min=1e-30))
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         if {"A0", "B0"} <= tensors.keys():
-            self.A0, self.B0 = torch.empty_like(self.A), torch.empty_like(self.B)
+            self.A0, self.B0 = (torch.empty_like(x, dtype=torch.bfloat16) for x in (self.A, self.B))
         super().restore(tensors)
 
 

@@ -7,7 +7,7 @@ one for each tensor (z_g): s = sigmoid(log u - log(1 - u) + a), u uniform, z = m
 evaluation. The loss gains lambda times the expected number of changed entries, sum sigmoid(a_g) sigmoid(a). After the
 first stage the k = floor(keep N) largest |z_g z w| stay, and their w alone is trained.
 Count: 2 N and one for each tensor in training; k afterwards (BERT-large at 0.5 %: 1,675,709), each stored with
-its position, 8 bytes.
+its position, 5 to 6 bytes.
 Departure: the noise u is a function of seed and step instead of one draw after another, so that recomputed blocks and
 resumed runs see the same; the fixed mask is the gates themselves, saturated, which no gradient can reach.
 """

@@ -6,7 +6,7 @@ Formula: G = sum over batches of dL/dW [out, in] at the pretrained weights, conv
 row i the K entries with the largest |G_ij| are trained, w' = w + v, and every bias of these layers. L is the
 supervised contrastive loss of the normalised features f in front of the head, with temperature t = 0.07: the mean
 over a and over the p of its label of -log(exp(f_a f_p / t) / sum over b != a of exp(f_a f_b / t)).
-Count: K sum(out) + sum(bias) (ViT-B/16 without head, K = 1: 167,424); each is stored with its position, 8 bytes.
+Count: K sum(out) + sum(bias) (ViT-B/16 without head, K = 1: 167,424); each is stored with its position, 5 to 6 bytes.
 Departure: the published code sees two augmented views of an image; augmentation is the data's business, so that each
 example is its own second view here; dropout is off, only the chosen values exist (not a dense gradient with a mask),
 and where batches have no class labels (language models) the training loss chooses.

@@ -7,7 +7,7 @@ Formula: L(w + M d) = L(w) + g^T M d + (M d)^T H (M d) / 2 with M diagonal, 0 or
 i gains g_i^2 / (2 h_i) (theorem 3); H is unknown and taken as constant, so the largest g_i^2 stay. g is the sum of
 the gradients of T batches at the pretrained weights; w' = w + v at the kept entries, v trained.
 Count: the sum over the tensors of max(1, floor(keep n)) (RoBERTa-base's 85M of the encoder at 0.5 %: 425,160);
-each is stored with its position, 8 bytes.
+each is stored with its position, 5 to 6 bytes.
 Departure: the text ranks all entries together while the published code, which made its numbers, ranks each tensor by
 itself: that is the default here and compete=model the text's; dropout is off in the pass, and weight decay cannot
 reach what is masked.
