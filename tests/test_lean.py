@@ -129,6 +129,28 @@ def test_gradients_through_dropout_are_those_of_its_mask() -> None:
     assert torch.autograd.gradcheck(of_factors, (A, B))
 
 
+def test_features_of_zeros_have_a_gain_that_learns() -> None:
+    """Rows of a weight that are 0, as pruning leaves them: their magnitude is 0."""
+    found = []
+    for lean in (True, False):
+        model = llama()
+        gate = model.get_submodule("model.layers.1.mlp.gate_proj")
+        with torch.no_grad():
+            gate.weight[:3] = 0  # type: ignore[index, operator]
+        delta = dw.attach(model.double(), "lora[dora=true]", targets="mlp.gate")
+        disturb(delta)
+        with torch.no_grad():
+            dict(delta.model.named_parameters())["model.layers.1.mlp.gate_proj.deltas.default.0.magnitude"][:3] = 0
+        with contextlib.nullcontext() if lean else ordinary():
+            model(torch.arange(20)[None]).logits.square().mean().backward()
+        found.append([parameter.grad for parameter in delta.parameters()])
+    for mine, theirs in zip(*found, strict=True):
+        assert float((mine - theirs).abs().max()) <= 1e-5 * float(theirs.abs().max())
+    magnitudes = found[0][-1]
+    assert magnitudes.dim() == 1
+    assert bool((magnitudes[:3] != 0).all())
+
+
 def test_norms_are_told_by_what_they_compute() -> None:
     from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -183,7 +205,7 @@ def test_the_gradient_of_a_base_weight_is_not_lost() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("spec", ["lora", "lora[dora=true]", "oft", "fourierft", "houlsby"])
+@pytest.mark.parametrize("spec", ["lora", "lora[dora=true]", "oft", "fourierft[frequencies=200]", "houlsby"])
 def test_200_steps_end_at_the_same_loss(spec: str) -> None:
     ends = []
     for lean in (True, False):

@@ -153,8 +153,8 @@ class _Scaled(torch.autograd.Function):
     r"""A frozen linear layer and a product beside it, every feature of their sum u scaled: y = c u + b.
 
     u = x W^T + s x' A^T B^T, x' = x under the dropout mask. With g the gradient of y and h = c g: dc = sum g u,
-    dA = s (h B)^T x', dB = s h^T (x' A^T), dx = h W + s (h B) A (masked). u is (y - b) / c where y is kept for it,
-    else it is made again.
+    dA = s (h B)^T x', dB = s h^T (x' A^T), dx = h W + s (h B) A (masked). u is (y - b) / c where y is kept for it (so
+    that a c of 0 must not be quite 0), else it is made again.
     """
 
     @staticmethod
@@ -163,6 +163,7 @@ class _Scaled(torch.autograd.Function):
     ) -> Tensor:
         y = run(x).sub_(b)
         add_products(y, x, [low], [A, B])
+        c = c.masked_fill(c == 0, 1e-30) if keeps else c
         y.mul_(c.to(y.dtype)).add_(b)
         ctx.module, ctx.low, ctx.keeps = module, low, keeps
         save(ctx, x, A, B, c, b, y if keeps else None)

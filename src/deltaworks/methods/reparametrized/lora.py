@@ -96,7 +96,11 @@ class DoRATuner(LoRATuner):
     def weight(self, weight: Tensor) -> Tensor:
         moved = weight + (self.scale * (self.B @ self.A)).to(weight.dtype)
         norm = torch.linalg.vector_norm(moved.detach(), dim=1, dtype=torch.promote_types(moved.dtype, torch.float32))
-        return moved * (self.magnitude / norm).to(weight.dtype)[:, None]
+        return moved * self.gain(norm).to(weight.dtype)[:, None]
+
+    def gain(self, norm: Tensor) -> Tensor:
+        """The magnitude over the norm [out]; 0 for a row of zeros."""
+        return self.magnitude / norm.clamp(min=1e-12)
 
 
 class LinearDoRATuner(DoRATuner):
@@ -109,7 +113,7 @@ class LinearDoRATuner(DoRATuner):
             A = self.A.to(x.dtype)
             probe = base(torch.cat([A, A.new_zeros(1, A.shape[1])]))
         bias = probe[-1].clone()
-        gain = self.magnitude / self._moved_norm(probe[:-1] - bias)
+        gain = self.gain(self._moved_norm(probe[:-1] - bias))
         return scaled(self, base, x, Factors(self.A, self.B, self.scale), gain, bias)
 
     def _moved_norm(self, product: Tensor) -> Tensor:
