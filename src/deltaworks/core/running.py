@@ -54,40 +54,48 @@ class Operation:
 def run_weights(module: Any, run: Callable[..., Any], tuners: list[Any], args: tuple[Any, ...], kwargs: Any) -> Any:
     """A module with weight: effective weights inside, low-rank products added, operations around, in order."""
     operation = Operation(module, run, args, kwargs)
+    inside = within(module, tuners)
+    beside = [tuner for tuner in tuners if tuner not in inside]
     base: Callable[[Any], Tensor] = operation
-    heavy = [tuner for tuner in tuners if acts_inside(module, tuner)]
-    if late := [tuner for tuner in heavy if tuner.gives("tensor") or not tuner.adds]:
+    if inside:
+        base = functools.partial(run_inside, module, inside, operation)
+    elif acts() and beside[0].place.kind in LINEAR and linear.is_linear(module):
+        first = list(takewhile(lambda tuner: tuner.form() == 1 and not tuner.gives("around"), beside))
+        if first:
+            base = functools.partial(linear.products, module, operation, first)
+            beside = beside[len(first) :]
+    for tuner in beside:
+        base = functools.partial(run_beside, module, tuner, base)
+    return operation.replaced(base(operation.x))
+
+
+def within(module: Any, tuners: list[Any]) -> list[Any]:
+    """The tuners that act through the effective weight."""
+    found = [tuner for tuner in tuners if acts_inside(module, tuner)]
+    if late := [tuner for tuner in found if tuner.gives("tensor") or not tuner.adds]:
         # what replaces the weight that it finds must find it with the changes that come before
         before = tuners[: tuners.index(late[-1])]
-        heavy = [tuner for tuner in tuners if tuner in heavy or (tuner in before and tuner.form() < 3)]
-    if heavy:
+        found = [tuner for tuner in tuners if tuner in found or (tuner in before and tuner.form() < 3)]
+    return found
 
-        def weighted(x: Any) -> Tensor:
-            if heavy[0].place.kind in LINEAR and linear.is_linear(module) and (acts() or is_quantized(module)):
-                return (linear.weighted if acts() else linear.multiplied)(module, heavy, x)
-            if experts.can_run(module, heavy, (x, *operation.rest), operation.kwargs):
-                return experts.run(module, heavy, x, *operation.rest)
-            if heavy[0].place.kind in ("norm", "embedding") and not (operation.rest or operation.kwargs):
-                return again(shown, x)  # neither the weight nor what the operation makes of it is kept
-            return shown(x)
 
-        def shown(x: Any) -> Tensor:
-            module._effective = effective(heavy, base_tensors(module))
-            try:
-                return operation(x)
-            finally:
-                module._effective = None
+def run_inside(module: Any, tuners: list[Any], operation: Operation, x: Any) -> Tensor:
+    """The operation with the effective weight of these tuners in the place of its own."""
+    kind, lean, alone = tuners[0].place.kind, acts(), not (operation.rest or operation.kwargs)
+    if kind in LINEAR and linear.is_linear(module) and (lean or is_quantized(module)):
+        return (linear.weighted if lean else linear.multiplied)(module, tuners, x)
+    if experts.can_run(module, tuners, (x, *operation.rest), operation.kwargs):
+        return experts.run(module, tuners, x, *operation.rest)
 
-        base = weighted
-    light = [tuner for tuner in tuners if tuner not in heavy]
-    if not heavy and acts() and light[0].place.kind in LINEAR and linear.is_linear(module):
-        beside = list(takewhile(lambda tuner: tuner.form() == 1 and not tuner.gives("around"), light))
-        if beside:
-            base = functools.partial(linear.products, module, operation, beside)
-            light = light[len(beside) :]
-    for tuner in light:
-        base = functools.partial(run_light, module, tuner, base)
-    return operation.replaced(base(operation.x))
+    def shown(x: Any) -> Tensor:
+        module._effective = effective(tuners, base_tensors(module))
+        try:
+            return operation(x)
+        finally:
+            module._effective = None
+
+    # of norms and embeddings neither the weight nor what the operation makes of it is kept
+    return again(shown, x) if kind in ("norm", "embedding") and alone else shown(x)
 
 
 def acts_inside(module: Any, tuner: Any) -> bool:
@@ -105,7 +113,7 @@ def has_product(module: Any, tuner: Any) -> bool:
     return kind in ("linear", "conv1d") or (kind == "conv2d" and module.groups == 1)
 
 
-def run_light(module: nn.Module, tuner: Any, base: Callable[[Any], Tensor], x: Any) -> Tensor:
+def run_beside(module: nn.Module, tuner: Any, base: Callable[[Any], Tensor], x: Any) -> Tensor:
     """One tuner of form 1 or 3 around ``base``."""
     place = tuner.place
     if tuner.gives("around"):
