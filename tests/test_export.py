@@ -342,14 +342,19 @@ def unet() -> nn.Module:
     )  # fmt: skip
 
 
-def test_kohya_is_read_by_diffusers(call: Call, tmp_path: Path) -> None:  # noqa: F811
-    delta = dw.attach(unet(), "lora[rank=2, alpha=6, targets='to_q,to_out.0']")
+@pytest.mark.parametrize("source", ["test_export:unet", "folder"])
+def test_kohya_is_read_by_diffusers(source: str, call: Call, tmp_path: Path) -> None:  # noqa: F811
+    model = unet()
+    if source == "folder":
+        source = str(tmp_path / "unet")
+        model.save_pretrained(source)  # type: ignore[operator]
+    delta = dw.attach(model, "lora[rank=2, alpha=6, targets='to_q,to_out.0']")
     from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_lora_to_diffusers
 
     for parameter in delta.parameters():
         parameter.data.normal_(std=0.3)
     delta.save(tmp_path / "ours")
-    words = ("--format", "kohya", "--model", "test_export:unet", "--out", tmp_path)
+    words = ("--format", "kohya", "--model", source, "--out", tmp_path)
     status, out, _ = call("export", tmp_path / "ours", *words)
     assert (status, out) == (0, f"kohya: {tmp_path}\n")
     tensors, alphas = _convert_non_diffusers_lora_to_diffusers(load_file(tmp_path / "lora.safetensors"))
@@ -361,6 +366,22 @@ def test_kohya_is_read_by_diffusers(call: Call, tmp_path: Path) -> None:  # noqa
         attention, _, name = item.place.path.removesuffix(".0").rpartition(".")
         assert torch.equal(tensors[f"unet.{attention}.processor.{name}_lora.down.weight"], A)
         assert torch.equal(tensors[f"unet.{attention}.processor.{name}_lora.up.weight"], B)
+
+
+def test_a_broken_folder_of_diffusers_and_a_pipeline_are_named(call: Call, tmp_path: Path) -> None:  # noqa: F811
+    dw.attach(unet(), "lora[targets=to_q]").save(tmp_path / "ours")
+    base = tmp_path / "pipeline" / "unet"
+    unet().save_pretrained(base)  # type: ignore[operator]
+    words = ("export", tmp_path / "ours", "--format", "kohya", "--out", tmp_path / "out", "--model")
+    weights = base / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    status, _, err = call(*words, base)
+    assert status == 2
+    assert "could not be loaded" in err.splitlines()[-1]
+    (tmp_path / "pipeline" / "model_index.json").write_text("{}")
+    status, _, err = call(*words, tmp_path / "pipeline")
+    assert status == 2
+    assert "is a pipeline of several models: name one of unet in it" in err
 
 
 def test_kohya_refuses_a_language_model(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from deltaworks.store.files import check_writable, read_json
 from deltaworks.store.foreign import ConversionWarning, peft, writers
 from deltaworks.train.columns import ROLES
 from deltaworks.train.models import Loaded, load_model
+from deltaworks.train.skeleton import named
 from deltaworks.train.tune import RECORD, base_of, merge, save_model
 
 MERGED = "merged"
@@ -79,4 +80,7 @@ def _attached(adapter: Path, source: str | None, task: str | None, labels: int) 
             return loaded, load(loaded.model, adapter)
         except UserError as error:
             errors.append(error)
-    raise errors[0]
+    model = None if task else named(Path(source).expanduser())
+    if model is None:
+        raise errors[0]
+    return Loaded(model, None, source, []), load(model, adapter)

@@ -1,7 +1,8 @@
-"""Models without their weights, of families that no task here trains: what anatomy is shown of."""
+"""Models of families that no task here trains, by the class that their folder names: bare, or with their weights."""
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,28 +18,42 @@ def skeleton(folder: Path) -> nn.Module | None:
 
     Raises UserError for a class that the installed library has not, and for a pipeline, which is several models.
     """
+    kind = _kind(folder)
+    if kind is None:
+        return None
+    with torch.device("meta"):
+        if hasattr(kind, "config_class") and hasattr(kind, "_from_config"):
+            made: nn.Module = kind._from_config(kind.config_class.from_pretrained(folder))
+            return made
+        built: nn.Module = kind.from_config(kind.load_config(folder))
+        return built
+
+
+def named(folder: Path) -> nn.Module | None:
+    """The same model with its weights. Raises UserError where these are not readable."""
+    kind = _kind(folder)
+    if kind is None:
+        return None
+    try:
+        model: nn.Module = kind.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # whatever the library raises for files that are missing or broken
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"the model {str(folder)!r} could not be loaded: {reason}") from error
+    return model.eval()
+
+
+def _kind(folder: Path) -> Any:
+    """The class of a folder's model, None where no configuration names one."""
     if (folder / "model_index.json").is_file():
         parts = sorted(path.parent.name for path in folder.glob("*/config.json"))
         raise UserError(f"{str(folder)!r} is a pipeline of several models: name one of {', '.join(parts)} in it")
-    if not (folder / "config.json").is_file():
-        return None
-    data = read_json(folder / "config.json")
+    data = read_json(folder / "config.json") if (folder / "config.json").is_file() else None
     if not isinstance(data, dict):
         return None
-    with torch.device("meta"):
-        if "_class_name" in data:
-            built: nn.Module = _class("diffusers", data["_class_name"], folder).from_config(data)
-            return built
-        if names := data.get("architectures"):
-            kind = _class("transformers", names[0], folder)
-            made: nn.Module = kind._from_config(kind.config_class.from_pretrained(folder))
-            return made
-    return None
-
-
-def _class(library: str, name: Any, folder: Path) -> Any:
-    from importlib import import_module
-
+    names = data.get("architectures") or [None]
+    library, name = ("diffusers", data["_class_name"]) if "_class_name" in data else ("transformers", names[0])
+    if name is None:
+        return None
     found = getattr(import_module(library), str(name), None)
     if found is None:
         raise UserError(f"{str(folder)!r} is a {name}, which the installed {library} has not: update it")
