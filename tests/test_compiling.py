@@ -1,6 +1,7 @@
 """Blocks that are compiled by the recipe train as they do without, and never compile again from step to step."""
 
 from contextlib import ExitStack
+from shutil import which
 from typing import Any
 
 import pytest
@@ -51,6 +52,16 @@ def test_no_step_compiles_again(method: str, kind: str | None) -> None:
     assert graphs[0] <= 2  # one for the block whose input asks for no gradient, and one for all others
     assert graphs[-1] == graphs[0]
     assert not counters["graph_break"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(which(name) for name in ("g++", "clang++")), reason="Inductor needs a C++ compiler")
+@pytest.mark.parametrize("method", ["lora[rank=2]", "lora[rank=2,dora=true]", "ia3", "houlsby"])
+def test_inductor_trains_the_same(method: str) -> None:
+    torch._dynamo.reset()
+    expected, _ = steps(method, None)
+    losses, _ = steps(method, None, "inductor")
+    assert losses == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.slow
