@@ -270,7 +270,7 @@ def test_a_roofline_takes_what_is_longer(machine: Hardware) -> None:
     assert h100.seconds([(989 * 10**12, 0)], "bfloat16") == pytest.approx(2.0, rel=1e-3)  # half of the peak rate
 
 
-def test_this_machine_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_this_machine_is_measured_once_a_day(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr("deltaworks.advise.hardware.PATIENCE", 0.01)
     first = here("cpu")
@@ -278,9 +278,14 @@ def test_this_machine_is_measured_once(tmp_path: Path, monkeypatch: pytest.Monke
     assert first.bandwidth > 1e7
     monkeypatch.setattr("deltaworks.advise.hardware.measured", None)  # not called again
     assert here("cpu") == first
+    file = tmp_path / "deltaworks" / "hardware.json"
     with pytest.raises(TypeError):
         here("cpu", again=True)
-    (tmp_path / "deltaworks" / "hardware.json").write_text("broken")
+    ((key, entry),) = json.loads(file.read_text()).items()
+    file.write_text(json.dumps({key: entry | {"when": entry["when"] - 25 * 3600}}))
+    with pytest.raises(TypeError):
+        here("cpu")
+    file.write_text("broken")
     with pytest.raises(TypeError):
         here("cpu")
 

@@ -24,6 +24,7 @@ EFFICIENCY = 0.5  # of the peak rates of a datasheet that training reaches
 LAUNCH = 5e-6  # seconds that an accelerator needs to start an operation
 HERE = "here"
 PATIENCE = 0.3  # seconds that each number of this machine is measured for
+REMEMBERED = 24 * 3600  # seconds
 
 
 @dataclass(frozen=True)
@@ -84,20 +85,24 @@ def find_hardware(name: str | None) -> Hardware:
 
 
 def here(device: str | None = None, *, again: bool = False) -> Hardware:
-    """This machine, measured in about two seconds and remembered in the user's cache folder, or measured ``again``."""
+    """This machine, measured in about two seconds, or ``again``.
+
+    What is measured is remembered for a day in the user's cache folder: the next day need not be as busy.
+    """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     name, threads = measure.hardware(torch.device(device)), torch.get_num_threads()
     key = f"{name}, {threads} threads, torch {torch.__version__}"
     file = cache_folder() / "hardware.json"
     try:
         known = json.loads(file.read_text(encoding="utf-8"))
-        if not again:
-            return Hardware(**known[key])
+        if not again and abs(time.time() - known[key]["when"]) < REMEMBERED:
+            return Hardware(**known[key]["found"])
     except (OSError, ValueError, KeyError, TypeError):
         known = {}
     found = measured(device, name)
+    entry = {"when": time.time(), "found": asdict(found)}
     with contextlib.suppress(OSError, UserError):  # or it is measured again the next time
-        write_atomically(file, json.dumps({**known, key: asdict(found)}, indent=1))
+        write_atomically(file, json.dumps({**known, key: entry}, indent=1))
     return found
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from deltaworks.core.errors import UserError
 from deltaworks.core.forms import Tuner
+from deltaworks.core.lean.remaking import again
 from deltaworks.core.registry import Config, method, option
 from deltaworks.core.sites import Site
 from deltaworks.core.weights import base_tensors
@@ -69,8 +70,11 @@ class KroneckerTuner(WeightTuner):
     """The same where the operation is a matrix product: nothing of the size of the weight is formed."""
 
     def around(self, base: Callable[[Any], Tensor], x: Tensor) -> Tensor:
+        return base(x) + again(self.change, x)
+
+    def change(self, x: Tensor) -> Tensor:
         A, B = self.pair()
-        return base(x) + kronecker(x, A.to(x.dtype), (self.scale * B).to(x.dtype))
+        return kronecker(x, A.to(x.dtype), (self.scale * B).to(x.dtype))
 
 
 TUNERS: dict[str, type[WeightTuner]] = dict.fromkeys(("linear", "conv1d"), KroneckerTuner)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from deltaworks.core.anatomy import backbone
 from deltaworks.core.delta import Delta
+from deltaworks.core.lean.remaking import again
 from deltaworks.core.procedure import Procedure, Run
 from deltaworks.core.registry import Config, method, option
 from deltaworks.methods.selective.concrete import SATURATED, GatedTuner
@@ -39,7 +40,11 @@ class DiffProcedure(Choosing):
     def loss(self, loss: Tensor) -> Tensor:
         if self.step >= self.turn or not self.each():
             return loss
-        return loss + self.config.penalty * sum(tuner.expected(name).to(loss.device) for tuner, name in self.each())
+        return loss + self.config.penalty * again(lambda: self.expected(loss.device))
+
+    def expected(self, device: torch.device) -> Tensor:
+        """The expected number of changed entries of all tensors."""
+        return torch.stack([tuner.expected(name).to(device) for tuner, name in self.each()]).sum()
 
     def stepped(self) -> None:
         self.step += 1
