@@ -17,6 +17,7 @@ held that are gone. Times are processor time of one thread; contenders alternate
 over the repeats, with its quartiles.
 """
 
+import ctypes
 import gc
 import json
 import statistics
@@ -642,7 +643,12 @@ def show(line: str) -> None:
 
 
 def quiet(threads: int) -> None:
+    """One contender must not pay for pages that another one gave back: freed memory stays with the process (glibc)."""
     torch.set_num_threads(threads)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, the largest there is
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", module="transformers")

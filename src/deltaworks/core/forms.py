@@ -161,6 +161,10 @@ class Tuner(nn.Module):
         """A, B and scale of a low-rank change."""
         raise NotImplementedError
 
+    def selecting(self) -> Factors | None:
+        """The same, with the columns [r] of the input that A selects in its place, for a tuner whose A does that."""
+        return None
+
     def weight(self, weight: Tensor) -> Tensor:
         """The effective weight. ``weight`` is [out, in] (convolutions flattened, embeddings [dim, entries])."""
         A, B, scale = self.factors()

@@ -28,15 +28,22 @@ from deltaworks.core.places import features_of
 from deltaworks.core.quantized import compute_dtype, is_quantized
 from deltaworks.core.weights import base_tensors, effective, to_matrix
 
+SMALL = 16
+"""A product x A^T is kept where x has so many times more features."""
+
 
 class Low(NamedTuple):
-    """One product ``scale * dropout(x) A^T B^T`` in the output features [start, stop); a mask is its seed."""
+    """One product ``scale * dropout(x) A^T B^T`` in the output features [start, stop); a mask is its seed.
+
+    ``columns`` [r] are those that A selects, where it does only that: there is no tensor A then.
+    """
 
     start: int
     stop: int
     scale: float
     dropout: float
     seed: int
+    columns: Tensor | None = None
 
     def kept(self, x: Tensor) -> Tensor | None:
         """Which entries dropout keeps: the same ones in both passes. Each of them has 16 random bits."""
@@ -46,6 +53,15 @@ class Low(NamedTuple):
         words = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
         bits = words.random_(-(2**63), None, generator=generator).view(torch.int16)
         return bits[: x.numel()].view(x.shape) >= round(2**16 * (self.dropout - 0.5))
+
+    def inner(self, x: Tensor, A: Tensor) -> Tensor:
+        """dropout(x) A^T [tokens, r] of x [tokens, in]."""
+        if self.columns is not None:
+            return x.index_select(1, self.columns)
+        return self.dropped(x, self.kept(x)) @ A.to(x.dtype).T
+
+    def is_small(self, inner: Tensor, x: Tensor) -> bool:
+        return self.columns is not None or SMALL * inner.shape[-1] <= x.shape[-1]
 
     def dropped(self, x: Tensor, kept: Tensor | None) -> Tensor:
         """x with the other entries zero, and those that are kept larger."""
@@ -76,8 +92,8 @@ class _Products(torch.autograd.Function):
     r"""A frozen linear layer with low-rank products beside it: y = x W^T + b + sum_i s_i x_i A_i^T B_i^T.
 
     With g the gradient of y, and x_i = x under the i-th dropout mask:
-    dA = s (g B)^T x_i, dB = s g^T (x_i A^T), dx = g W + sum s (g B) A (masked like x_i). Kept are x and the factors.
-    Shapes: x [tokens, in], g [tokens, out], A [r, in], B [out, r].
+    dA = s (g B)^T x_i, dB = s g^T (x_i A^T), dx = g W + sum s (g B) A (masked like x_i). Kept are x, the factors, and
+    x_i A^T where that is small beside x. Shapes: x [tokens, in], g [tokens, out], A [r, in], B [out, r].
     """
 
     @staticmethod
@@ -85,16 +101,18 @@ class _Products(torch.autograd.Function):
         y = run(x)
         inners = add_products(y, x, lows, factors)
         ctx.module, ctx.lows, needs = module, lows, ctx.needs_input_grad[4:]
-        # for dB alone x A^T is enough, which is small
-        of_x = any(needs[::2]) or (any(needs) and origin_of(x) is not None)
-        save(ctx, x if of_x else None, *factors, *(inners if any(needs) and not of_x else ()))
+        of_A, of_B = any(needs[::2]), any(needs[1::2])
+        small = [low.is_small(inner, x) for low, inner in zip(lows, inners, strict=True)]
+        of_x = of_A or (of_B and not all(small) and origin_of(x) is not None)  # for dB alone x A^T is enough
+        kept = [inner if of_B and (little or not of_x) else None for inner, little in zip(inners, small, strict=True)]
+        save(ctx, x if of_x else None, *factors, *kept)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         x, *rest = taken(ctx)  # asked for once: blocks that are computed again give them once
-        factors, inners = rest[: 2 * len(ctx.lows)], rest[2 * len(ctx.lows) :] or [None] * len(ctx.lows)
+        factors, inners = rest[: 2 * len(ctx.lows)], rest[2 * len(ctx.lows) :]
         g = gradient.reshape(-1, gradient.shape[-1])
         dx = None
         if ctx.needs_input_grad[3]:
@@ -104,23 +122,26 @@ class _Products(torch.autograd.Function):
         gradients: list[Tensor | None] = []
         needs = ctx.needs_input_grad[4:]
         pairs = zip(ctx.lows, factors[::2], factors[1::2], inners, needs[::2], needs[1::2], strict=True)
-        for low, A, B, inner, *wants in pairs:
+        for low, A, B, inner, of_A, of_B in pairs:
             part = g[:, low.start : low.stop]
             back = part @ B.to(g.dtype)
-            a = A.to(g.dtype)
-            dA = dB = kept = None
-            if x is not None and any(wants):
+            a: Any = None if A is None else A.to(g.dtype)
+            seen = kept = dA = dB = None
+            if x is not None and (of_A or (of_B and inner is None)):
                 kept = low.kept(x)
                 seen = low.dropped(x, kept)
-                inner = seen @ a.T
-                dA = (low.scale * (back.T @ seen)).to(A.dtype) if wants[0] else None
-            if wants[1]:
-                dB = (low.scale * (part.T @ inner)).to(B.dtype)
             if dx is not None:
-                if low.dropout:
+                if low.columns is not None:
+                    dx.index_add_(1, low.columns, back, alpha=low.scale)
+                elif low.dropout:
                     dx.add_(low.dropped(back @ a, low.kept(dx) if kept is None else kept), alpha=low.scale)
                 else:
                     dx.addmm_(back, a, alpha=low.scale)
+            if of_B:
+                inner = seen @ a.T if inner is None else inner
+                dB = (low.scale * (part.T @ inner)).to(B.dtype)
+            if of_A:
+                dA = (low.scale * (back.T @ seen)).to(A.dtype)
             gradients += [dA, dB]
         shape = (*gradient.shape[:-1], -1)
         return None, None, None, None if dx is None else dx.view(shape), *gradients
@@ -130,7 +151,7 @@ def add_products(y: Tensor, x: Tensor, lows: Sequence[Low], factors: Sequence[Te
     """Add the products to y [..., out] in place; the inner ones x A^T [tokens, r]."""
     flat, out, inners = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1]), []
     for low, A, B in zip(lows, factors[::2], factors[1::2], strict=True):
-        inners.append((low.dropped(flat, low.kept(flat)) @ A.to(x.dtype).T).to(y.dtype))
+        inners.append(low.inner(flat, A).to(y.dtype))
         out[:, low.start : low.stop].addmm_(inners[-1], B.to(y.dtype).T, alpha=low.scale)
     return inners
 
@@ -141,10 +162,12 @@ def products(module: Any, run: Callable[[Tensor], Tensor], tuners: Sequence[Any]
     width = features_of(module)[1]
     lows, factors = [], []
     for tuner in tuners:
-        A, B, scale = factors_of(tuner)
+        chosen = tuner.selecting()
+        A, B, scale = factors_of(tuner) if chosen is None else (None, *chosen[1:])
         start, stop = tuner.place.part or (0, width)
         dropout = tuner.dropout if module.training else 0.0
-        lows.append(Low(start, stop, float(scale), dropout, _seed(dropout)))
+        columns = None if chosen is None else chosen.A
+        lows.append(Low(start, stop, float(scale), dropout, _seed(dropout), columns))
         factors += [A, B]
     return _Products.apply(module, run, lows, x, *factors)
 

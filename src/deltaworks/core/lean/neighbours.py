@@ -148,22 +148,45 @@ class _Activation(torch.autograd.Function):
         return torch.autograd.grad(y, x, gradient)[0], None
 
 
+class _Opened:
+    """f(gate), which the product and the gradients of a gated product have in common.
+
+    What the product is made again with waits for the gradients, since these are the next to be computed.
+    """
+
+    def __init__(self, run: Callable[[Tensor], Tensor]) -> None:
+        self.run = run
+        self.waiting: tuple[Tensor, Tensor] | None = None
+
+    def product(self, gate: Tensor, up: Tensor) -> Tensor:
+        self.waiting = self._computed(gate)
+        return self.waiting[1].detach() * up
+
+    def taken(self, gate: Tensor) -> tuple[Tensor, Tensor]:
+        """The gate that f(gate) was computed of, and f(gate)."""
+        found, self.waiting = self.waiting or self._computed(gate), None
+        return found
+
+    def _computed(self, gate: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            gate = gate.detach().requires_grad_()
+            return gate, self.run(gate)
+
+
 class _Gated(torch.autograd.Function):
     """y = f(gate) * up for each entry; only gate and up are kept."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, run: Any) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, opened: _Opened) -> Tensor:
         ctx.save_for_backward(gate, up)
-        ctx.run = run
-        return run(gate) * up
+        ctx.opened = opened
+        return opened.run(gate) * up
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         gate, up = ctx.saved_tensors
-        with torch.enable_grad():
-            gate = gate.detach().requires_grad_()
-            open = ctx.run(gate)
+        gate, open = ctx.opened.taken(gate)
         d_gate = torch.autograd.grad(open, gate, gradient * up)[0] if ctx.needs_input_grad[0] else None
         return d_gate, gradient * open.detach() if ctx.needs_input_grad[1] else None, None
 
@@ -200,8 +223,8 @@ class Activated(Tensor):
             return func(*computed(args), **computed(kwargs or {}))
 
     def times(self, up: Tensor) -> Tensor:
-        run = self.run
-        return made(_Gated.apply(self.input, up, run), lambda gate, up: run(gate) * up, self.input, up)
+        opened = _Opened(self.run)
+        return made(_Gated.apply(self.input, up, opened), opened.product, self.input, up)
 
 
 _PRODUCTS = (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)

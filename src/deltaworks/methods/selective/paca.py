@@ -10,11 +10,9 @@ Departure: the published code trains the columns inside the resident weight, whi
 bfloat16, and every second update where the layers are not checkpointed; here the float32 change stands beside it.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from deltaworks.core.errors import UserError
@@ -41,17 +39,15 @@ class PaCATuner(Tuner):
         index = torch.randperm(self.inner, generator=site.generator)[: config.rank].sort().values
         self.register_buffer("index", index.to(site.device, torch.int32))
 
+    def selecting(self) -> Factors:
+        return Factors(self.index, self.change, self.scale)
+
     def factors(self) -> Factors:
         rows = torch.arange(len(self.index), device=self.index.device)
         selector = self.change.new_zeros(len(self.index), self.inner).index_put(
             (rows, self.index.long()), self.change.new_ones(())
         )
         return Factors(selector, self.change, self.scale)
-
-    def around(self, base: Callable[[Any], Tensor], x: Tensor) -> Tensor:
-        columns = x.index_select(-1, self.index)  # all that the backward pass keeps of x
-        y = base(x)
-        return y + F.linear(columns, (self.scale * self.change).to(x.dtype)).to(y.dtype)
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         index = tensors.get("index")
