@@ -8,14 +8,17 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from deltaworks.advise.phantom import Phantom
+from deltaworks.core.delta import attach
 from deltaworks.core.errors import UserError, nearest
 from deltaworks.store.files import write_atomically
 from deltaworks.train import measure
@@ -99,7 +102,8 @@ def here(device: str | None = None, *, again: bool = False) -> Hardware:
             return Hardware(**known[key]["found"])
     except (OSError, ValueError, KeyError, TypeError):
         known = {}
-    found = measured(device, name)
+    with torch.random.fork_rng():
+        found = measured(device, name)
     entry = {"when": time.time(), "found": asdict(found)}
     with contextlib.suppress(OSError, UserError):  # or it is measured again the next time
         write_atomically(file, json.dumps({**known, key: entry}, indent=1))
@@ -112,7 +116,11 @@ def cache_folder() -> Path:
 
 
 def measured(device: str, name: str) -> Hardware:
-    """Matrix products of the size of a small transformer's, a copy, and an operation on a single number."""
+    """Matrix products of the size of a small transformer's, a copy, and steps of a network of two sizes.
+
+    A tiny network takes what operations take beside their work, Python included; a larger one shows how much of the
+    rates is reached where each operation comes once, after others.
+    """
     rates = {}
     size = 4096 if device == "cuda" else 512
     for dtype in ("float32", "bfloat16", "float16"):
@@ -121,9 +129,35 @@ def measured(device: str, name: str) -> Hardware:
     large = torch.zeros(1 << (28 if device == "cuda" else 24), device=device)
     copy = torch.empty_like(large)
     bandwidth = 2 * 4 * large.numel() / seconds_of(lambda: copy.copy_(large), device)
-    one = torch.zeros(1, device=device)
-    launch = seconds_of(lambda: one.add_(1), device)
-    return Hardware(name, device, memory_of(device), bandwidth, rates, 1.0, launch, "measured here")
+    found = Hardware(name, device, memory_of(device), bandwidth, rates, 1.0, 0.0, "measured here")
+    (tiny, operations), (real, work) = (_of_network(width, device) for width in (8, size // 2))
+    launch = tiny / len(operations)
+    ideal = found.seconds(work, "float32")
+    return replace(found, launch=launch, efficiency=ideal / max(ideal, real - launch * len(work)))
+
+
+def _of_network(width: int, device: str) -> tuple[float, list[tuple[int, int]]]:
+    """Seconds and operations of a forward and a backward pass through four blocks with LoRA, ``width`` tokens."""
+
+    def step(model: nn.Module, x: torch.Tensor) -> None:
+        model(x).sum().backward()
+        model.zero_grad()
+
+    def made() -> nn.Module:
+        sizes = [(width, 4 * width), (4 * width, width)] * 4
+        layers = ((nn.LayerNorm(inner), nn.Linear(inner, out), nn.GELU()) for inner, out in sizes)
+        model = nn.Sequential(*(layer for three in layers for layer in three))
+        attach(model, "lora[rank=4]", targets="*")
+        return model.train()
+
+    phantom = Phantom(device)
+    with torch.device("meta"), phantom:
+        model, x = made(), torch.zeros(width, width)
+        phantom.operations.clear()
+        step(model, x)
+    with torch.device(device):
+        model, x = made(), torch.zeros(width, width)
+    return seconds_of(partial(step, model, x), device), phantom.operations
 
 
 def memory_of(device: str) -> int:
