@@ -29,7 +29,7 @@ from deltaworks.core.quantized import compute_dtype, is_quantized
 from deltaworks.core.weights import base_tensors, effective, to_matrix
 
 SMALL = 16
-"""A product x A^T is kept where x has so many times more features."""
+"""A product x A^T is kept where x has at least so many times more features."""
 
 
 class Low(NamedTuple):
@@ -61,6 +61,7 @@ class Low(NamedTuple):
         return self.dropped(x, self.kept(x)) @ A.to(x.dtype).T
 
     def is_small(self, inner: Tensor, x: Tensor) -> bool:
+        """Whether x A^T is kept in any case."""
         return self.columns is not None or SMALL * inner.shape[-1] <= x.shape[-1]
 
     def dropped(self, x: Tensor, kept: Tensor | None) -> Tensor:
