@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -288,6 +289,16 @@ def test_this_machine_is_measured_once_a_day(tmp_path: Path, monkeypatch: pytest
     file.write_text("broken")
     with pytest.raises(TypeError):
         here("cpu")
+
+
+def test_another_number_of_threads_is_another_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    found = replace(find_hardware("h100"), name="this one")
+    monkeypatch.setattr("deltaworks.advise.hardware.measured", lambda device, name: found)
+    for threads in (1, 2):
+        monkeypatch.setattr("torch.get_num_threads", lambda threads=threads: threads)
+        assert here("cpu") == found
+    assert len(json.loads((tmp_path / "deltaworks" / "hardware.json").read_text())) == 2
 
 
 # ---------------------------------------------------------------------- what it says

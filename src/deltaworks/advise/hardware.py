@@ -97,11 +97,12 @@ def here(device: str | None = None, *, again: bool = False) -> Hardware:
     key = f"{name}, {threads} threads, torch {torch.__version__}"
     file = cache_folder() / "hardware.json"
     try:
-        known = json.loads(file.read_text(encoding="utf-8"))
+        known = dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        known = {}
+    with contextlib.suppress(KeyError, TypeError):
         if not again and abs(time.time() - known[key]["when"]) < REMEMBERED:
             return Hardware(**known[key]["found"])
-    except (OSError, ValueError, KeyError, TypeError):
-        known = {}
     with torch.random.fork_rng():
         found = measured(device, name)
     entry = {"when": time.time(), "found": asdict(found)}
