@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import deltaworks as dw
 from deltaworks.core.lean.linear import Low
-from deltaworks.core.lean.neighbours import Activated, rms_gain
+from deltaworks.core.lean.neighbours import Activated, computed, rms_gain
 from deltaworks.core.lean.remaking import ordinary
 from deltaworks.core.wrapping import is_wrapped
 from deltaworks.train.measure import step_memory
@@ -173,6 +173,14 @@ def test_an_activation_waits_for_a_product() -> None:
     assert torch.equal(torch.cat([waiting, up]), torch.cat([nn.functional.silu(x), up]))
     assert torch.equal(up * Activated.of(x, nn.functional.silu), product)
     assert torch.equal((waiting + 1).detach(), nn.functional.silu(x) + 1)
+
+
+def test_arguments_keep_their_classes() -> None:
+    x = torch.ones(2, requires_grad=True)
+    waiting, output = Activated.of(x, torch.relu), hf.modeling_outputs.BaseModelOutput(last_hidden_state=x)
+    found = computed({"states": output, "pair": (waiting, 1)})
+    assert found["states"] is output
+    assert type(found["pair"][0]) is Tensor
 
 
 def test_neighbours_are_lean_while_an_adapter_is_there() -> None:

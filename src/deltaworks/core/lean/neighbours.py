@@ -235,12 +235,12 @@ _SHAPES = (
 
 
 def computed(tree: Any) -> Any:
-    """Arguments with computed activations in the place of those that wait."""
+    """Arguments with computed activations in the place of those that wait. Outputs of models stay what they are."""
     if isinstance(tree, Activated):
         return tree.value
-    if isinstance(tree, (tuple, list)):
+    if type(tree) in (tuple, list):
         return type(tree)(map(computed, tree))
-    return {key: computed(value) for key, value in tree.items()} if isinstance(tree, dict) else tree
+    return {key: computed(value) for key, value in tree.items()} if type(tree) is dict else tree
 
 
 def _run_activation(module: nn.Module, run: Any, *args: Any, **kwargs: Any) -> Any:
