@@ -10,6 +10,7 @@ from conformance import disturb
 from torch import Tensor, nn
 
 import deltaworks as dw
+from deltaworks.core.layers import damped
 
 
 def layer(
@@ -89,6 +90,20 @@ def test_keeps_its_columns_alone() -> None:
             model(torch.randn(100, 64, requires_grad=True)).sum().backward()
         kept[method] = max(size for size in sizes if size != 48 * 64)  # the weight
     assert kept == {"lora": 100 * 64, "paca": 100 * 4}
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_part_of_it_acts_where_it_is_damped(training: bool) -> None:
+    linear, _, delta = layer(torch.randn(6, 8), rank=3)
+    disturb(delta)
+    x = torch.randn(5, 8)
+    with torch.set_grad_enabled(training):
+        whole = linear(x)
+        with damped(delta.tuners(), 0.25):
+            part = linear(x)
+        with delta.disabled():
+            base = linear(x)
+    torch.testing.assert_close(part, base + 0.25 * (whole - base), rtol=1e-5, atol=1e-5)
 
 
 def test_the_base_is_untouched_also_when_the_layer_fails() -> None:

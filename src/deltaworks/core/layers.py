@@ -91,8 +91,14 @@ class Damped:
         return before + self.tuner.strength * (after - before)
 
     def factors(self) -> Factors:
-        A, B, scale = self.tuner.factors()
-        return Factors(A, B, scale * self.tuner.strength)
+        return self._weaker(self.tuner.factors())
+
+    def selecting(self) -> Factors | None:
+        chosen = self.tuner.selecting()
+        return None if chosen is None else self._weaker(chosen)
+
+    def _weaker(self, factors: Factors) -> Factors:
+        return factors._replace(scale=factors.scale * self.tuner.strength)
 
     def weight(self, weight: Tensor) -> Tensor:
         return self._between(weight, self.tuner.weight(weight))
@@ -132,7 +138,7 @@ class Observed:
             change = after.detach() - before[-1].detach()
         else:
             y, dropped = shown(x), F.dropout(x, tuner.dropout, tuner.training)
-            change = low_rank(None, tuner.place, tuner.factors(), dropped).to(y.dtype)
+            change = low_rank(None, tuner, dropped).to(y.dtype)
             after = y + change
         assert tuner.observer is not None
         tuner.observer(tuner, before[-1].detach(), change.detach())

@@ -128,7 +128,7 @@ def run_beside(module: nn.Module, tuner: Any, base: Callable[[Any], Tensor], x: 
         return torch.cat([y[..., :start], tuner.around(part, x), y[..., stop:]], dim=-1)
     y = base(x)
     dropped = F.dropout(x, tuner.dropout, module.training) if tuner.dropout and x.is_floating_point() else x
-    return added(place, y, low_rank(module, place, tuner.factors(), dropped).to(y.dtype))
+    return added(place, y, low_rank(module, tuner, dropped).to(y.dtype))
 
 
 def run_around(module: Any, run: Callable[..., Any], tuners: list[Any], args: tuple[Any, ...], kwargs: Any) -> Any:

@@ -50,6 +50,9 @@ class Twin(nn.Module):
         A, B, scale = self.tuner.factors()
         return Factors(B.mT, A.mT, scale) if self.turned else Factors(A, B, scale)
 
+    def selecting(self) -> Factors | None:
+        return None if self.turned else self.tuner.selecting()
+
     def weight(self, weight: Tensor) -> Tensor:
         return self.tuner.weight(weight.mT).mT if self.turned else self.tuner.weight(weight)
 

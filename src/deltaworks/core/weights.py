@@ -163,15 +163,18 @@ def expert_factors(tuners: Sequence[Any], tensors: Mapping[str, Any]) -> dict[st
     }
 
 
-def low_rank(module: Any, place: Place, factors: Factors, x: Tensor) -> Tensor:
+def low_rank(module: Any, tuner: Any, x: Tensor) -> Tensor:
     """``scale * B A x`` for one kind of operation, in the dtype of its output."""
-    A, B, scale = factors
-    if place.kind == "embedding":
+    kind, chosen = tuner.place.kind, tuner.selecting()
+    if chosen is not None:
+        return F.linear(x.index_select(-1, chosen.A), chosen.B.to(x.dtype)) * chosen.scale
+    A, B, scale = tuner.factors()
+    if kind == "embedding":
         # an embedding is a linear layer on one-hot vectors: A x is a column of A
         dtype = module._parameters["weight"].dtype
         return F.linear(F.embedding(x, A.t().to(dtype)), B.to(dtype)) * scale
     A, B = A.to(x.dtype), B.to(x.dtype)
-    if place.kind == "conv2d":
+    if kind == "conv2d":
         kernel = A.view(A.shape[0], module.in_channels, *module.kernel_size)
         inner = module._conv_forward(x, kernel, None)
         return F.conv2d(inner, B[:, :, None, None]) * scale
