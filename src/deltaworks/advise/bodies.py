@@ -83,7 +83,7 @@ def find_config(source: str) -> tuple[Any, Path | None, str]:
             json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(f"the file {source} is no configuration of a model ({error})") from None
-    config = models._explained(name, AutoConfig.from_pretrained, str(path))
+    config = models.explained(name, AutoConfig.from_pretrained, str(path))
     return config, path if path.is_dir() else path.parent, name
 
 
@@ -100,13 +100,13 @@ def on_hub(source: str) -> Any:
     if "/" not in source and hint.startswith("did you mean"):
         raise UserError(f"the model {source!r} is not known; {hint}")
     if hub_is_reachable():
-        return models._explained(source, AutoConfig.from_pretrained, source)
+        return models.explained(source, AutoConfig.from_pretrained, source)
     if (folder := cached_model(source)) is None:
         raise UserError(
             f"the model {source!r} is no local folder, and the Hugging Face Hub cannot be reached from here and has no "
             f"cached copy of it; give a folder or a config.json, or one of {', '.join(models.BUILT_IN)}"
         )
-    return models._explained(source, AutoConfig.from_pretrained, str(folder))
+    return models.explained(source, AutoConfig.from_pretrained, str(folder))
 
 
 def from_config(config: Any, task: str | None, name: str, labels: list[str], dtype: str) -> Body:
@@ -128,7 +128,7 @@ def from_config(config: Any, task: str | None, name: str, labels: list[str], dty
         vars(config).update(models._label_maps(labels))
     if getattr(config, "use_cache", False):
         config.use_cache = False
-    model = models._explained(name, autos[task].from_config, config, dtype=models.DTYPES[dtype])
+    model = models.explained(name, autos[task].from_config, config, dtype=models.DTYPES[dtype])
     return Body(model.train(), task, name, fresh_head(model) if task in models.LABELLED else [])
 
 
@@ -143,7 +143,7 @@ def sentence_encoder(config: Any, folder: Path, task: str, name: str, labels: li
     from transformers import AutoModel
 
     without_pooler = {"add_pooling_layer": False} if config.model_type in ("bert", "roberta", "xlm-roberta") else {}
-    encoder = models._explained(name, AutoModel.from_config, config, dtype=models.DTYPES[dtype], **without_pooler)
+    encoder = models.explained(name, AutoModel.from_config, config, dtype=models.DTYPES[dtype], **without_pooler)
     model = PooledClassifier(encoder, len(labels), models._pooling(folder))
     return Body(model.train(), task, name, ["classifier"])
 

@@ -71,7 +71,7 @@ class _Wanted:
         if getattr(config, "quantization_config", None) is not None:
             raise UserError(f"{base} comes quantized: leave quantize={self.quantization.form} out")
         with torch.device("meta"):
-            body = _explained(base, build, config)
+            body = explained(base, build, config)
         return self.quantization.options(body, self.dtype, self.device)
 
 
@@ -248,13 +248,13 @@ def _sentence_encoder(folder: Path, wanted: _Wanted, base: str) -> Loaded:
 
     from deltaworks.train.pooled import PooledClassifier
 
-    config = _explained(base, AutoConfig.from_pretrained, str(folder))
+    config = explained(base, AutoConfig.from_pretrained, str(folder))
     # the pooling layer of BERT is part of its next-sentence head, which sentence embedders do not use
     without_pooler = {"add_pooling_layer": False} if config.model_type in ("bert", "roberta", "xlm-roberta") else {}
     options: dict[str, Any] = {"dtype": wanted.dtype, **without_pooler}
     build = partial(AutoModel.from_config, **options)
     options |= {"output_loading_info": True, **wanted.options(base, build, config)}
-    encoder, info = _explained(base, AutoModel.from_pretrained, str(folder), **options)
+    encoder, info = explained(base, AutoModel.from_pretrained, str(folder), **options)
     _refuse_missing(base, "sentence encoder", info["missing_keys"])
     # the head stays float32: it is trained, and it is small
     model = PooledClassifier(encoder, len(wanted.labels), _pooling(folder))
@@ -279,7 +279,7 @@ def _auto(source: str, wanted: _Wanted, base: str) -> Loaded:
 
     task, labels = wanted.task, wanted.labels
     auto = getattr(transformers, AUTO_CLASSES[task])
-    config = _explained(base, transformers.AutoConfig.from_pretrained, source)
+    config = explained(base, transformers.AutoConfig.from_pretrained, source)
     if type(config) not in auto._model_mapping:
         raise UserError(
             f"{base} is a model of the family {config.model_type!r}, which cannot do the task {task!r}; "
@@ -287,9 +287,7 @@ def _auto(source: str, wanted: _Wanted, base: str) -> Loaded:
         )
     options = {"ignore_mismatched_sizes": True, **_label_maps(labels)} if labels else {}
     options |= wanted.options(base, partial(auto.from_config, dtype=wanted.dtype), config)
-    model, info = _explained(
-        base, auto.from_pretrained, source, output_loading_info=True, dtype=wanted.dtype, **options
-    )
+    model, info = explained(base, auto.from_pretrained, source, output_loading_info=True, dtype=wanted.dtype, **options)
     fresh = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
     head = sorted({name.rpartition(".")[0] for name in fresh})
     body = [name for name in fresh if not set(name.split(".")) & set(HEAD_NAMES)] if labels else fresh
@@ -297,7 +295,7 @@ def _auto(source: str, wanted: _Wanted, base: str) -> Loaded:
     if task == "images":
         from deltaworks.train.pictures import scaler_of
 
-        return Loaded(model, _explained(base, scaler_of, source, model.config), base, head)
+        return Loaded(model, explained(base, scaler_of, source, model.config), base, head)
     return Loaded(model, _tokenizer(source, model, base), base, head)
 
 
@@ -317,7 +315,7 @@ def _tokenizer(source: str, model: nn.Module, base: str) -> Any:
     """The tokenizer with a pad token, and its longest input cut to what the model's positions allow."""
     from transformers import AutoTokenizer
 
-    tokenizer = _explained(base, AutoTokenizer.from_pretrained, source)
+    tokenizer = explained(base, AutoTokenizer.from_pretrained, source)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is not None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -350,7 +348,7 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _explained(shown: str, load: Any, *arguments: Any, **options: Any) -> Any:
+def explained(shown: str, load: Any, *arguments: Any, **options: Any) -> Any:
     """Call a loader of transformers; whatever it raises becomes one sentence about the model `shown`."""
     from safetensors import SafetensorError
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from deltaworks.core.errors import UserError
 from deltaworks.store.files import read_json
+from deltaworks.train.models import explained
 
 
 def skeleton(folder: Path) -> nn.Module | None:
@@ -34,11 +35,7 @@ def named(folder: Path) -> nn.Module | None:
     kind = _kind(folder)
     if kind is None:
         return None
-    try:
-        model: nn.Module = kind.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # whatever the library raises for files that are missing or broken
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"the model {str(folder)!r} could not be loaded: {reason}") from error
+    model: nn.Module = explained(repr(str(folder)), kind.from_pretrained, str(folder), local_files_only=True)
     return model.eval()
 
 

@@ -141,11 +141,15 @@ class _Activation(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        (x,) = ctx.saved_tensors
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            y = ctx.run(x)
+        x, y = _with_graph(ctx.run, *ctx.saved_tensors)
         return torch.autograd.grad(y, x, gradient)[0], None
+
+
+def _with_graph(run: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    """x as a leaf, and f(x) with what its derivative needs."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        return x, run(x)
 
 
 class _Opened:
@@ -159,18 +163,13 @@ class _Opened:
         self.waiting: tuple[Tensor, Tensor] | None = None
 
     def product(self, gate: Tensor, up: Tensor) -> Tensor:
-        self.waiting = self._computed(gate)
+        self.waiting = _with_graph(self.run, gate)
         return self.waiting[1].detach() * up
 
     def taken(self, gate: Tensor) -> tuple[Tensor, Tensor]:
         """The gate that f(gate) was computed of, and f(gate)."""
-        found, self.waiting = self.waiting or self._computed(gate), None
+        found, self.waiting = self.waiting or _with_graph(self.run, gate), None
         return found
-
-    def _computed(self, gate: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.enable_grad():
-            gate = gate.detach().requires_grad_()
-            return gate, self.run(gate)
 
 
 class _Gated(torch.autograd.Function):
