@@ -1,6 +1,5 @@
 """The benchmark of lean training on sizes that say nothing: every figure is measured, kept and shown."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -9,6 +8,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import scripts
 import torch
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "lean.py"
@@ -17,12 +17,7 @@ SCRIPT = Path(__file__).parents[1] / "benchmarks" / "lean.py"
 @pytest.fixture(scope="module")
 def lean() -> ModuleType:
     pytest.importorskip("peft")
-    spec = importlib.util.spec_from_file_location("lean", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules["lean"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return scripts.loaded(SCRIPT)
 
 
 def test_what_lives_is_counted(lean: ModuleType) -> None:

@@ -6,7 +6,6 @@ printed. All run in one empty folder, with a stand-in for the Hub.
 """
 
 import contextlib
-import importlib.util
 import io
 import re
 import shlex
@@ -16,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import scripts
 from hub_server import serve
 from typer.testing import CliRunner
 
@@ -104,12 +104,7 @@ def test_every_block_is_of_a_kind_that_runs_or_says_what_it_is() -> None:
 
 @pytest.fixture(scope="module")
 def generate() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("generate", DOCS / "generate.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return scripts.loaded(DOCS / "generate.py")
 
 
 def test_a_page_of_methods_has_formula_count_options_abilities_and_scores(generate: ModuleType) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import scripts
 import torch
 
 import deltaworks as dw
@@ -32,12 +32,7 @@ def ran(name: str, *arguments: str, limit: float = 1800) -> str:
 
 def module(name: str) -> ModuleType:
     """An example as a module."""
-    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    made = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(made)
-    return made
+    return scripts.loaded(EXAMPLES / f"{name}.py", f"example_{name}")
 
 
 def percents(text: str) -> list[float]:

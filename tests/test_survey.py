@@ -1,11 +1,10 @@
 """The trainable parameters of the survey's head-to-head (arXiv:2303.15647, version 2) on its three T5 models."""
 
-import importlib.util
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import scripts
 import zoo
 
 import deltaworks as dw
@@ -42,13 +41,7 @@ def test_trainable_parameters_on_t5(method: str) -> None:
 
 @pytest.fixture(scope="module")
 def survey() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("survey", BENCHMARKS / "survey.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["survey"] = module
-    spec.loader.exec_module(module)
-    return module
+    return scripts.loaded(BENCHMARKS / "survey.py")
 
 
 def test_the_records_of_survey_small_are_whole() -> None:

@@ -2,12 +2,10 @@
 
 import gzip
 import hashlib
-import importlib.util
 import json
 import math
 import random
 import signal
-import sys
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scripts
 import torch
 import yaml
 from hypothesis import given, settings
@@ -169,12 +168,7 @@ def test_it_writes_the_same_with_and_without_a_cache_under(method: str) -> None:
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """The training script with sizes that take no time."""
-    spec = importlib.util.spec_from_file_location("train_tiny_lm", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "train_tiny_lm", module)
-    spec.loader.exec_module(module)
+    module = scripts.loaded(SCRIPT)
     for name, size in {"CONTEXT": 16, "PLATEAU_CONTEXT": 8, "VOCABULARY": 300, "BATCH": 4, "MICROBATCH": 2}.items():
         monkeypatch.setattr(module, name, size)
     monkeypatch.setattr(module, "WARMUP", 2)
