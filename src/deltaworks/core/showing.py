@@ -28,7 +28,7 @@ class Selected:
         }
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("factors", "weight", "bias", "tensor", "around"):
+        if name in ("factors", "selecting", "weight", "bias", "tensor", "around"):
             return functools.partial(self._call, name)
         return getattr(self.template, name)
 
