@@ -14,6 +14,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO := $(VENV)/.installed-demo
+ALL := $(VENV)/.installed-all
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # each worker is a process: one thread each, or they fight over the cores
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
@@ -41,13 +42,17 @@ $(STAMP): $(DEMO)
 	$(PIP) install -c constraints.txt -e '.[demo,dev]'
 	@touch $@
 
+$(ALL): $(STAMP)
+	$(PIP) install -c constraints.txt -e '.[gpu]'
+	@touch $@
+
 demo: $(DEMO) ## compare methods on a real pretrained model, without network; writes runs/demo/report.html
 	$(BIN)/deltaworks compare --protocol quick --out runs/demo
 
 test: $(STAMP) ## the tests, without the slow ones
 	$(PYTEST) -m "not slow" $(ARGS)
 
-test-all: $(STAMP) ## all tests
+test-all: $(ALL) ## all tests
 	$(PYTEST) $(ARGS)
 
 bench: $(STAMP) ## memory, time and files beside peft, measured here; writes benchmarks/results/lean.json and .md

@@ -101,7 +101,7 @@ def _labels(length: int = LENGTH) -> Tensor:
     return labels
 
 
-def _language() -> Inputs:
+def language() -> Inputs:
     tokens = _tokens()
     return tokens | {"labels": tokens["input_ids"].masked_fill(tokens["attention_mask"] == 0, -100)}
 
@@ -116,7 +116,7 @@ def _images(size: int = 8) -> Tensor:
 
 # Decoders -----------------------------------------------------------------------------------------------
 
-_DECODER = {
+DECODER = {
     "vocab_size": VOCABULARY,
     "hidden_size": WIDTH,
     "intermediate_size": HIDDEN,
@@ -133,19 +133,19 @@ _DECODER = {
 
 @_member("llama")
 def llama() -> tuple[nn.Module, Inputs]:
-    return hf.LlamaForCausalLM(hf.LlamaConfig(**_DECODER)), _language()
+    return hf.LlamaForCausalLM(hf.LlamaConfig(**DECODER)), language()
 
 
 @_member("mistral")
 def mistral() -> tuple[nn.Module, Inputs]:
     """The window is shorter than the sequence, so that it matters."""
-    return hf.MistralForCausalLM(hf.MistralConfig(**_DECODER, sliding_window=6)), _language()
+    return hf.MistralForCausalLM(hf.MistralConfig(**DECODER, sliding_window=6)), language()
 
 
 @_member("qwen2")
 def qwen2() -> tuple[nn.Module, Inputs]:
     """Biases on q, k and v; the output head is tied to the embedding."""
-    return hf.Qwen2ForCausalLM(hf.Qwen2Config(**_DECODER | {"tie_word_embeddings": True})), _language()
+    return hf.Qwen2ForCausalLM(hf.Qwen2Config(**DECODER | {"tie_word_embeddings": True})), language()
 
 
 @_member("gpt2")
@@ -168,7 +168,7 @@ def gpt2() -> tuple[nn.Module, Inputs]:
     model = hf.GPT2LMHeadModel(config)
     # it cannot be read from the class name, and the warning about it breaks a full-graph compilation
     model.loss_type = "ForCausalLM"
-    return model, _language()
+    return model, language()
 
 
 # Encoders -----------------------------------------------------------------------------------------------

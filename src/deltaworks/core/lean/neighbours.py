@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from deltaworks.core.lean import fused
 from deltaworks.core.lean.remaking import acts, as_now, made
 from deltaworks.core.places import is_norm
 
@@ -31,7 +32,7 @@ def lean_forward(module: Any) -> Callable[..., Any] | None:
     if is_norm(module) and (gain := rms_gain(module)) is not None:
         return functools.partial(_run_rms_norm, module, gain)
     if is_activation(module):
-        return functools.partial(_run_activation, module)
+        return functools.partial(_run_activation, module, fused.gate_of(module))
     return None
 
 
@@ -84,6 +85,8 @@ def _run_rms_norm(module: Any, gain: float, run: Any, *args: Any, **kwargs: Any)
     if not _applies(module, args, kwargs):
         return run(*args, **kwargs)
     x = args[0]
+    if (kernel := fused.rms_norm(x, module.weight, _eps(module), gain)) is not None:
+        return made(kernel(x), kernel, x)
     return made(_RMSNorm.apply(x, module, gain, run), as_now(run, x), x)
 
 
@@ -153,7 +156,7 @@ def _with_graph(run: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Ten
 
 
 class _Opened:
-    """f(gate), which the product and the gradients of a gated product have in common.
+    """f(gate) * up, and its gradients, which have f(gate) in common.
 
     What the product is made again with waits for the gradients, since these are the next to be computed.
     """
@@ -163,31 +166,30 @@ class _Opened:
         self.waiting: tuple[Tensor, Tensor] | None = None
 
     def product(self, gate: Tensor, up: Tensor) -> Tensor:
+        return self.run(gate) * up
+
+    def again(self, gate: Tensor, up: Tensor) -> Tensor:
         self.waiting = _with_graph(self.run, gate)
         return self.waiting[1].detach() * up
 
-    def taken(self, gate: Tensor) -> tuple[Tensor, Tensor]:
-        """The gate that f(gate) was computed of, and f(gate)."""
-        found, self.waiting = self.waiting or _with_graph(self.run, gate), None
-        return found
+    def gradients(self, gate: Tensor, up: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        (gate, open), self.waiting = self.waiting or _with_graph(self.run, gate), None
+        return torch.autograd.grad(open, gate, gradient * up)[0], gradient * open.detach()
 
 
 class _Gated(torch.autograd.Function):
     """y = f(gate) * up for each entry; only gate and up are kept."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, opened: _Opened) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, opened: _Opened | fused.Gated) -> Tensor:
         ctx.save_for_backward(gate, up)
         ctx.opened = opened
-        return opened.run(gate) * up
+        return opened.product(gate, up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        gate, up = ctx.saved_tensors
-        gate, open = ctx.opened.taken(gate)
-        d_gate = torch.autograd.grad(open, gate, gradient * up)[0] if ctx.needs_input_grad[0] else None
-        return d_gate, gradient * open.detach() if ctx.needs_input_grad[1] else None, None
+        return *ctx.opened.gradients(*ctx.saved_tensors, gradient), None
 
 
 class Activated(Tensor):
@@ -198,11 +200,12 @@ class Activated(Tensor):
 
     input: Tensor
     run: Callable[[Tensor], Tensor]
+    gate: str | None
 
     @staticmethod
-    def of(x: Tensor, run: Callable[[Tensor], Tensor]) -> Activated:
+    def of(x: Tensor, run: Callable[[Tensor], Tensor], gate: str | None = None) -> Activated:
         y = x.detach().as_subclass(Activated)
-        y.input, y.run = x, run
+        y.input, y.run, y.gate = x, run, gate
         return y
 
     @functools.cached_property
@@ -222,8 +225,8 @@ class Activated(Tensor):
             return func(*computed(args), **computed(kwargs or {}))
 
     def times(self, up: Tensor) -> Tensor:
-        opened = _Opened(self.run)
-        return made(_Gated.apply(self.input, up, opened), opened.product, self.input, up)
+        opened = fused.gated(self.gate, self.input) or _Opened(self.run)
+        return made(_Gated.apply(self.input, up, opened), opened.again, self.input, up)
 
 
 _PRODUCTS = (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
@@ -242,5 +245,7 @@ def computed(tree: Any) -> Any:
     return {key: computed(value) for key, value in tree.items()} if type(tree) is dict else tree
 
 
-def _run_activation(module: nn.Module, run: Any, *args: Any, **kwargs: Any) -> Any:
-    return Activated.of(args[0], as_now(run, args[0])) if _applies(module, args, kwargs) else run(*args, **kwargs)
+def _run_activation(module: nn.Module, gate: str | None, run: Any, *args: Any, **kwargs: Any) -> Any:
+    if not _applies(module, args, kwargs):
+        return run(*args, **kwargs)
+    return Activated.of(args[0], as_now(run, args[0]), gate)
