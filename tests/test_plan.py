@@ -334,6 +334,27 @@ def test_on_the_command_line(llama: str, monkeypatch: pytest.MonkeyPatch, capsys
 
 
 @pytest.mark.parametrize(
+    ("words", "kind"),
+    [
+        (["--checkpointing"], "block"),
+        (["--checkpointing", "--labels", "3"], "block"),
+        (["--checkpointing", "selective"], "selective"),
+        (["--labels", "3"], None),
+    ],
+)
+def test_checkpointing_may_stand_alone(
+    words: list[str], kind: str | None, llama: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from deltaworks import cli
+
+    monkeypatch.setattr("sys.argv", ["deltaworks", "plan", llama, "--length", "32", "--json", *words])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 0
+    assert json.loads(capsys.readouterr().out)["checkpointing"] == kind
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"model": "minlm"}, "did you mean 'minilm'"),

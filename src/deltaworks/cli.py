@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 app = typer.Typer(
     name="deltaworks",
@@ -25,7 +26,20 @@ Settings = Annotated[
 ]
 
 
-def command(example: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+class WithCheckpointing(TyperCommand):
+    """A command whose ``--checkpointing`` may stand alone, and is of blocks then: Typer wants a value after it."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        following = zip(args, [*args[1:], "--"], strict=True)
+        bare = [at for at, (word, after) in enumerate(following) if word == "--checkpointing" and after[:1] == "-"]
+        for at in bare[:1]:
+            args = [*args[: at + 1], "block", *args[at + 1 :]]
+        return super().parse_args(ctx, args)
+
+
+def command(
+    example: str, parser: type[TyperCommand] | None = None
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Register a command. A user's mistake is one line on standard error and status 2, an interruption 130."""
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
@@ -46,7 +60,7 @@ def command(example: str) -> Callable[[Callable[..., None]], Callable[..., None]
                 print(f"deltaworks: {error}", file=sys.stderr)
                 raise SystemExit(2) from None
 
-        app.command(epilog=f"Example: {example}")(guarded)
+        app.command(epilog=f"Example: {example}", cls=parser)(guarded)
         return guarded
 
     return register
@@ -128,7 +142,7 @@ def report(folder: Annotated[Path, typer.Argument(help="the folder of a comparis
     summary(Console(), read_records(folder / "records"), page)
 
 
-@command("deltaworks plan minilm --method lora[rank=16] --batch 32 --length 128")
+@command("deltaworks plan minilm --method lora[rank=16] --batch 32 --length 128", WithCheckpointing)
 def plan(
     model: Annotated[
         str, typer.Argument(help="as above, or a config.json; of a Hub id only the configuration is read")
@@ -145,7 +159,7 @@ def plan(
         bool, typer.Option("--double-quantization/--single-quantization", help="of the scales of nf4 and fp4")
     ] = True,
     checkpointing: Annotated[
-        str | None, typer.Option(help="compute blocks again to save memory: block, selective or offload")
+        str | None, typer.Option(help="compute blocks again to save memory: block (or no word), selective or offload")
     ] = None,
     hardware: Annotated[
         str | None, typer.Option(help="a name such as rtx-4090; default: this machine; here: measure it anew")
