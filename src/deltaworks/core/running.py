@@ -33,12 +33,12 @@ class Operation:
         self.module = module
         self.run, self.rest, self.kwargs = run, args[1:], kwargs
         self.output: Any = None
-        self.empty = len(args) + len(kwargs) == 0
+        self.count = len(args) + len(kwargs)
         self.keyword = "" if args else next(iter(kwargs), "")
         self.x: Any = args[0] if args else kwargs.get(self.keyword)
 
     def __call__(self, x: Any) -> Tensor:
-        if self.empty:
+        if not self.count:
             self.output = self.run()
         elif self.keyword:
             self.output = self.run(**{**self.kwargs, self.keyword: x})
@@ -81,7 +81,7 @@ def within(module: Any, tuners: list[Any]) -> list[Any]:
 
 def run_inside(module: Any, tuners: list[Any], operation: Operation, x: Any) -> Tensor:
     """The operation with the effective weight of these tuners in the place of its own."""
-    kind, lean, alone = tuners[0].place.kind, acts(), not (operation.rest or operation.kwargs)
+    kind, lean = tuners[0].place.kind, acts()
     if kind in LINEAR and linear.is_linear(module) and (lean or is_quantized(module)):
         return (linear.weighted if lean else linear.multiplied)(module, tuners, x)
     if experts.can_run(module, tuners, (x, *operation.rest), operation.kwargs):
@@ -95,7 +95,7 @@ def run_inside(module: Any, tuners: list[Any], operation: Operation, x: Any) -> 
             module._effective = None
 
     # of norms and embeddings neither the weight nor what the operation makes of it is kept
-    return again(shown, x) if kind in ("norm", "embedding") and alone else shown(x)
+    return again(shown, x) if kind in ("norm", "embedding") and operation.count == 1 else shown(x)
 
 
 def acts_inside(module: Any, tuner: Any) -> bool:
