@@ -10,12 +10,20 @@ from deltaworks.cli import app
 from deltaworks.core.abilities import abilities
 from deltaworks.listing import markdown
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def between(mark: str) -> str:
+    return README.split(f"<!-- {mark} -->")[1].split(f"<!-- /{mark} -->")[0].strip()
 
 
 def test_the_table_of_methods_is_the_registry() -> None:
-    shown = README.split("<!-- methods -->")[1].split("<!-- /methods -->")[0].strip()
-    assert shown == markdown(abilities()), "write it again: deltaworks methods --markdown"
+    assert between("methods") == markdown(abilities()), "write it again: deltaworks methods --markdown"
+
+
+def test_the_table_of_make_bench_is_the_one_that_was_measured() -> None:
+    assert between("lean") in (ROOT / "benchmarks/results/lean.md").read_text(encoding="utf-8")
 
 
 def test_the_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
