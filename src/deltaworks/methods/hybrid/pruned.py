@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from deltaworks.core.errors import UserError
 from deltaworks.core.forms import Tuner
-from deltaworks.methods.selective.entries import within
+from deltaworks.methods.selective.entries import ascending
 
 
 class Kept(nn.Module):
@@ -91,8 +91,7 @@ def _kept_again(tuner: Tuner, tensors: Mapping[str, Tensor]) -> dict[str, Tensor
         prefix = f"{path.removesuffix(name)}kept.{name}"
         index, values = (tensors.get(f"{prefix}.{part}") for part in ("index", "values"))
         if index is not None and values is not None:
-            whole = index.dim() == 1 and index.shape == values.shape and not index.is_floating_point()
-            if not whole or bool((index.diff() <= 0).any()) or not within(index, parameter.numel()):
+            if index.shape != values.shape or not ascending(index, parameter.numel()):
                 raise UserError(f"{prefix!r} must hold values and their ascending positions below {parameter.numel()}")
             device = parameter.device
             parameter.__dict__["kept"] = Kept(index.to(device), values.to(device, torch.float32), parameter.shape)

@@ -68,15 +68,17 @@ class EntriesTuner(Tuner):
             index, values = tensors[f"chosen.{name}.index"], tensors[f"chosen.{name}.values"]
             if index.dim() != 1 or index.shape != values.shape or not values.is_floating_point():
                 raise UserError(f"'index' and 'values' of {name!r} must be two lists of one length")
-            if index.is_floating_point() or bool((index.diff() <= 0).any()) or not within(index, size):
+            if not ascending(index, size):
                 raise UserError(f"'index' of {name!r} must hold ascending positions between 0 and {size - 1}")
             self.entries[key] = Entries(index.to(self.device), values.to(self.device, torch.float32))
         self.choose()
 
 
-def within(index: Tensor, size: int) -> bool:
-    """Whether ascending positions lie in a tensor of ``size`` entries."""
-    return not index.numel() or (int(index[0]) >= 0 and int(index[-1]) < size)
+def ascending(index: Tensor, size: int) -> bool:
+    """Whether these are ascending positions [k] (int32 or int64) in a list of ``size``."""
+    if index.dim() != 1 or index.dtype not in (torch.int32, torch.int64) or bool((index.diff() <= 0).any()):
+        return False
+    return not len(index) or (int(index[0]) >= 0 and int(index[-1]) < size)
 
 
 class Choosing(Procedure):

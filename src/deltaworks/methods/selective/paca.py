@@ -19,6 +19,7 @@ from deltaworks.core.errors import UserError
 from deltaworks.core.forms import Factors, Tuner
 from deltaworks.core.registry import Config, method, option
 from deltaworks.core.sites import Site
+from deltaworks.methods.selective.entries import ascending
 
 
 class PaCATuner(Tuner):
@@ -51,10 +52,8 @@ class PaCATuner(Tuner):
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         index = tensors.get("index")
-        if index is not None and index.device.type != "meta":
-            ascending = not index.is_floating_point() and index.dim() == 1 and bool((index.diff() > 0).all())
-            if not ascending or bool((index < 0).any()) or bool((index >= self.inner).any()):
-                raise UserError(f"tensor 'index' must hold ascending columns between 0 and {self.inner - 1}")
+        if index is not None and not index.is_meta and not ascending(index, self.inner):
+            raise UserError(f"tensor 'index' must hold ascending columns between 0 and {self.inner - 1}")
         super().restore(tensors)
 
 
