@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+from typing import Any
 
 import pytest
 import torch
@@ -56,11 +57,11 @@ def test_gradients_are_those_of_torch(method: str, family: str) -> None:
             assert float((mine - theirs).abs().max()) <= limit * scale
 
 
-def llama(width: int = 128, layers: int = 2) -> nn.Module:
+def llama(width: int = 128, layers: int = 2, **options: Any) -> nn.Module:
     torch.manual_seed(0)
     config = hf.LlamaConfig(
         hidden_size=width, intermediate_size=width * 8 // 3 // 8 * 8, num_hidden_layers=layers,
-        num_attention_heads=4, vocab_size=64,
+        num_attention_heads=4, vocab_size=64, **options,
     )  # fmt: skip
     return hf.LlamaForCausalLM(config).bfloat16()
 
@@ -129,11 +130,14 @@ def test_gradients_through_dropout_are_those_of_its_mask() -> None:
     assert torch.autograd.gradcheck(of_factors, (A, B))
 
 
-def test_features_of_zeros_have_a_gain_that_learns() -> None:
+@pytest.mark.parametrize("bias", [False, True])
+def test_features_of_zeros_have_a_gain_that_learns(bias: bool) -> None:
     """Rows of a weight that are 0, as pruning leaves them: their magnitude is 0."""
     found = []
     for lean in (True, False):
-        model = llama()
+        model = llama(mlp_bias=bias)
+        if bias:
+            nn.init.ones_(model.get_submodule("model.layers.1.mlp.gate_proj").bias)  # type: ignore[arg-type]
         gate = model.get_submodule("model.layers.1.mlp.gate_proj")
         with torch.no_grad():
             gate.weight[:3] = 0  # type: ignore[index, operator]
@@ -151,6 +155,102 @@ def test_features_of_zeros_have_a_gain_that_learns() -> None:
     assert bool((magnitudes[:3] != 0).all())
 
 
+@pytest.mark.parametrize("spec", ["lora[rank=4,dropout=0.3]", "lora[rank=4,dropout=0.3,dora=true]"])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_block_that_is_computed_again_has_its_masks_again(spec: str, reentrant: bool) -> None:
+    found = []
+    for again in (True, False):
+        model, inputs = build("gpt2")
+        delta = dw.attach(model, spec)
+        disturb(delta)
+        for module in model.double().train().modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        if again:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})  # type: ignore[operator]
+        model.enable_input_require_grads()  # type: ignore[operator]
+        torch.manual_seed(3)
+        loss = zoo.output_of("gpt2", model, inputs).square().mean()
+        loss.backward()
+        found.append([loss.detach(), *(parameter.grad for parameter in delta.parameters())])
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("spec", ["lora[rank=2]", "lora[rank=2,dora=true]", "oft[block=4]", "ia3"])
+def test_outputs_may_be_written_over(spec: str) -> None:
+    found = []
+    for lean in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(inplace=True), nn.Linear(16, 4)).double()
+        delta = dw.attach(model, spec, targets=["0", "2"])
+        disturb(delta)
+        with contextlib.nullcontext() if lean else ordinary():
+            model(torch.randn(2, 3, 8, dtype=torch.float64)).square().sum().backward()
+        found.append([parameter.grad for parameter in delta.parameters()])
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("spec", ["lora[rank=2]", "lora[rank=2,dora=true]", "oft[block=4]"])
+@pytest.mark.parametrize("shape", [(0, 8), (2, 0, 8)])
+def test_empty_batches_have_gradients_of_zero(spec: str, shape: tuple[int, ...]) -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4))
+    delta = dw.attach(model, spec, targets=["0", "2"])
+    x = torch.zeros(shape, requires_grad=True)
+    model(x).sum().backward()
+    assert x.grad is not None
+    assert x.grad.shape == shape
+    assert all(p.grad is not None and not p.grad.any() for p in delta.parameters())
+
+
+@pytest.mark.parametrize("spec", ["lora[rank=2]", "lora[rank=2,dora=true]", "hut[rank=2]", "loha", "ln"])
+@pytest.mark.parametrize("change", ["merge", "detach", "step"])
+def test_what_changed_between_the_passes_is_told(spec: str, change: str) -> None:
+    model, inputs = build("gpt2")
+    delta = dw.attach(model, spec)
+    disturb(delta)
+    loss = zoo.loss_of("gpt2", model, inputs)
+    if change == "step":
+        with torch.no_grad():
+            torch._foreach_add_(list(delta.parameters()), 0.1)
+    else:
+        getattr(delta, change)()
+    with pytest.raises((dw.UserError, RuntimeError), match=r"parameters were changed|modified by an inplace operation"):
+        loss.backward()
+
+
+def look(module: nn.Module, args: Any, output: Tensor) -> None:
+    assert bool(output.isfinite().all())
+
+
+def test_watched_activations_lose_no_gradient() -> None:
+    for family, path in (("gpt2", "mlp.act"), ("llama", "mlp.act_fn")):
+        found = []
+        for watched in (True, False):
+            model, inputs = build(family)
+            delta = dw.attach(model, "lora")
+            disturb(delta)
+            for name, module in model.named_modules():
+                if watched and name.endswith(path):
+                    module.register_forward_hook(torch.no_grad()(look))
+            zoo.loss_of(family, model, inputs).backward()
+            found.append([parameter.grad for parameter in delta.parameters()])
+        for mine, theirs in zip(*found, strict=True):
+            torch.testing.assert_close(mine, theirs)
+
+
+class FlaggedNorm(nn.Module):
+    """A norm by the root mean square, with or without one more in its weight."""
+
+    def __init__(self, width: int, plus: bool) -> None:
+        super().__init__()
+        self.weight, self.eps, self.plus = nn.Parameter(torch.ones(width)), 1e-6, plus
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt() * (self.weight + float(self.plus))
+
+
 def test_norms_are_told_by_what_they_compute() -> None:
     from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -160,6 +260,7 @@ def test_norms_are_told_by_what_they_compute() -> None:
         assert rms_gain(GemmaRMSNorm(8)) == 1.0
         assert rms_gain(nn.BatchNorm1d(8)) is None
         assert rms_gain(nn.GroupNorm(2, 8)) is None
+        assert [rms_gain(FlaggedNorm(8, plus)) for plus in (False, True, False)] == [0.0, 1.0, 0.0]
 
 
 def test_an_activation_waits_for_a_product() -> None:

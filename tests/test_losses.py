@@ -185,6 +185,16 @@ def test_logits_are_whole_where_no_gradients_are_recorded() -> None:
         assert leanly(model, one()).logits.stride(-1) == 1
 
 
+@pytest.mark.parametrize("labels", [{}, {"labels": 1, "ignore_index": 7}])
+def test_logits_that_are_no_logits_are_not_given_to_anyone_else(labels: dict[str, int]) -> None:
+    model = causal()
+    dw.attach(model, "lora[rank=2]")
+    batch = one()
+    given = {key: batch["labels"] if key == "labels" else value for key, value in labels.items()}
+    with pytest.raises(dw.UserError, match="give it labels"):
+        leanly(model, {"input_ids": batch["input_ids"], **given})
+
+
 def test_the_training_loop_holds_no_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {**SIZES, "vocab_size": 4096, "num_hidden_layers": 1}
     model = decoder(hf.LlamaConfig(**sizes))()

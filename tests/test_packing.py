@@ -110,7 +110,6 @@ def test_what_cannot_be_packed_is_refused() -> None:
         check_packable(hf.BloomForCausalLM(hf.BloomConfig(vocab_size=40, hidden_size=16, n_layer=1, n_head=2)), task)
     for method, packs in (("lora[rank=2]", True), ("houlsby", True), ("prompt[length=3]", False)):
         model = causal().eval()
-        model.config.use_cache = False
         delta = dw.attach(model, method)
         if packs:
             check_packed(model, str(delta.config))

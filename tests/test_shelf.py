@@ -116,6 +116,18 @@ def test_who_acts_is_not_touched_by_rows(saved: Any) -> None:
     assert list(shelf.active) == [c]
 
 
+def test_an_adapter_of_a_row_does_not_give_way(saved: Any) -> None:
+    folders, expected = saved
+    model = zoo.ZOO["llama"]()[0]
+    shelf = dw.Shelf(model, max_active=1)
+    with shelf.rows([folders[0]] * 3):
+        with pytest.raises(dw.UserError, match=r"all 1 adapters .* act in rows\(\) now"):
+            shelf.use(folders[1])
+        assert difference(outputs(model), expected[folders[0]]) < 1e-5
+    shelf.use(folders[1])
+    assert difference(outputs(model), expected[folders[1]]) < 1e-5
+
+
 def test_what_cannot_be_loaded_leaves_the_shelf_as_it_was(saved: Any) -> None:
     (a, *_), expected = saved
     model = zoo.ZOO["llama"]()[0]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from deltaworks.core.board import Board, Tap, base_modules
-from deltaworks.core.lean.neighbours import lean_forward
+from deltaworks.core.lean.neighbours import gate_forward, is_activation, lean_forward
 from deltaworks.core.matrices import is_read
 from deltaworks.core.paths import parent_of
 from deltaworks.core.places import Place
@@ -25,7 +25,7 @@ def install(delta: Delta) -> None:
     """Wrap what an adapter stands around, freeze the base, and let the adapter act alone."""
     board, model = delta.board, delta.model
     if not board.deltas:
-        _freeze(model, board)
+        _freeze(delta)
     board.deltas[delta.name] = delta
     for item in delta.attached:
         place, module = item.place, model.get_submodule(item.place.path)
@@ -43,7 +43,8 @@ def install(delta: Delta) -> None:
     board.show([delta.name])
 
 
-def _freeze(model: nn.Module, board: Board) -> None:
+def _freeze(delta: Delta) -> None:
+    board, model = delta.board, delta.model
     board.frozen = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     model.requires_grad_(False)
     # torch's encoder would give its layers nested tensors, which only their fast path can take
@@ -55,9 +56,12 @@ def _freeze(model: nn.Module, board: Board) -> None:
     for module in board.counting:
         module.eval()
         module.train = _stay  # type: ignore[method-assign, assignment]
-    for module in list(model.modules()):  # gradients go through all of them
+    gates = {parent_of(place.path) for place in delta.anatomy.places if place.role.endswith((".gate", ".gate_up"))}
+    for path, module in list(model.named_modules()):  # gradients go through all of them
         if is_quantized(module) or lean_forward(module) is not None:
             wrap(module, board)
+            if parent_of(path) in gates and is_activation(module):
+                module._lean = gate_forward(module)  # type: ignore[assignment]
 
 
 def _stay(mode: bool = True) -> None:
@@ -113,7 +117,7 @@ def uninstall(delta: Delta) -> None:
         module: Any = model.get_submodule(path)
         del module.deltas[delta.name]
         note_kinds(module, delta.name)
-    wrapped: list[Any] = [module for _, module in base_modules(model) if is_wrapped(module)]
+    wrapped = _concerned(delta)
     taps = {id(tap) for _, tap in delta._taps}
     for module in wrapped:
         if "_entry_tap" in module.__dict__ and not len(module.deltas):
@@ -131,6 +135,19 @@ def uninstall(delta: Delta) -> None:
         for module in board.counting:
             del module.train
             module.train(model.training)
+
+
+def _concerned(delta: Delta) -> list[Any]:
+    """The wrapped modules that an adapter may leave something at: all, of the last one and where trunks are widened."""
+    model, kinds = delta.model, {item.place.kind for item in delta.attached}
+    found: list[Any] = [module for module, _ in delta._taps]
+    if not delta.board.deltas or "trunk" in kinds:
+        found = [module for _, module in base_modules(model)]
+    else:
+        paths = {path for own in delta.paths() for path in (own, parent_of(own))}
+        paths |= {item.place.entry for item in delta.attached if item.place.entry is not None}
+        found += map(model.get_submodule, paths)
+    return [module for module in {id(module): module for module in found}.values() if is_wrapped(module)]
 
 
 def note_kinds(module: Any, name: str) -> None:

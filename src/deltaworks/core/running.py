@@ -59,7 +59,7 @@ def run_weights(module: Any, run: Callable[..., Any], tuners: list[Any], args: t
     base: Callable[[Any], Tensor] = operation
     if inside:
         base = functools.partial(run_inside, module, inside, operation)
-    elif acts() and beside[0].place.kind in LINEAR and linear.is_linear(module):
+    elif beside[0].place.kind in LINEAR and acts(_drops(module, beside)) and linear.is_linear(module):
         first = list(takewhile(lambda tuner: tuner.form() == 1 and not tuner.gives("around"), beside))
         if first:
             base = functools.partial(linear.products, module, operation, first)
@@ -67,6 +67,11 @@ def run_weights(module: Any, run: Callable[..., Any], tuners: list[Any], args: t
     for tuner in beside:
         base = functools.partial(run_beside, module, tuner, base)
     return operation.replaced(base(operation.x))
+
+
+def _drops(module: Any, tuners: list[Any]) -> bool:
+    """Whether dropout acts: its masks are drawn in one way, since a block may be computed again with gradients."""
+    return module.training and any(tuner.dropout for tuner in tuners)
 
 
 def within(module: Any, tuners: list[Any]) -> list[Any]:
@@ -95,7 +100,8 @@ def run_inside(module: Any, tuners: list[Any], operation: Operation, x: Any) -> 
             module._effective = None
 
     # of norms and embeddings neither the weight nor what the operation makes of it is kept
-    return again(shown, x) if kind in ("norm", "embedding") and operation.count == 1 else shown(x)
+    remade = kind in ("norm", "embedding") and operation.count == 1
+    return again(shown, x, module=module) if remade else shown(x)
 
 
 def acts_inside(module: Any, tuner: Any) -> bool:

@@ -80,10 +80,23 @@ class Shelf:
                 self.active.move_to_end(source)
         for source in sources:
             if source not in self.active:
+                leaving = self._least_needed(sources) if len(self.active) >= self.max_active else None
                 self.active[source] = self._attached(source)
-                if len(self.active) > self.max_active:
-                    self._give_way(next(other for other in self.active if other not in sources))
+                if leaving is not None:
+                    self._give_way(leaving)
         return [self.active[source] for source in sources]
+
+    def _least_needed(self, sources: Sequence[str]) -> str:
+        """The least recently used of those that are not asked for now, and are no row of a batch."""
+        board = board_of(self.model)
+        rows = board.rows.names if board is not None and board.rows is not None else ()
+        for source, delta in self.active.items():
+            if source not in sources and delta.name not in rows:
+                return source
+        raise UserError(
+            f"all {self.max_active} adapters that the shelf may attach act in rows() now: leave that block first, "
+            "or give the shelf a larger max_active"
+        )
 
     def _attached(self, source: str) -> Delta:
         board = board_of(self.model)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from deltaworks.core.calibration import evaluating
+from deltaworks.core.errors import UserError
 from deltaworks.core.sharding import is_partitioned
 from deltaworks.core.showing import acting
 from deltaworks.core.wrapping import is_wrapped
@@ -92,7 +93,7 @@ def frozen_head(model: nn.Module) -> Iterator[None]:
     For causal models of transformers whose head is a plain linear layer that nothing trains, acts on or watches, and
     whose loss is transformers' own of the logits as the head gives them, which is tried once on a few tokens. Others
     (scaled or capped logits, an encoder-decoder, a head with an adapter) run as they always do, and so does a model
-    while no gradients are recorded.
+    while no gradients are recorded. Raises UserError where the model was called without labels, or with other ones.
     """
     head = _plain_head(model)
     if head is None or not _passes_on(model, head):
@@ -101,7 +102,11 @@ def frozen_head(model: nn.Module) -> Iterator[None]:
     seam = _Seam(head)
     with seam.sewn(model):
         yield
-    assert seam.states is None, f"{type(model).__name__} called its head and not its loss: give it labels"
+    if seam.states is not None or not seam.unchanged:
+        raise UserError(
+            f"{type(model).__name__} computed no loss of all its logits, which stand for nothing else here: give it "
+            f"labels, with {IGNORED} for what does not count, or call it outside of frozen_head"
+        )
 
 
 class _Seam:
@@ -111,7 +116,7 @@ class _Seam:
         self.head = head
         self.states: Tensor | None = None
         self.logits: Tensor | None = None
-        self.unchanged = False
+        self.unchanged = True
 
     @contextmanager
     def sewn(self, model: Any) -> Iterator[None]:
@@ -180,5 +185,5 @@ def _passes_on(model: Any, head: Any) -> bool:
                 model(input_ids=tokens, attention_mask=torch.ones_like(tokens), labels=tokens)
             except Exception:  # it wants more than text, or writes into its logits
                 seam.unchanged = False
-        _passing[model] = seam.unchanged
+        _passing[model] = seam.states is None and seam.unchanged
     return _passing[model]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from deltaworks.core.calibration import evaluating
 from deltaworks.core.errors import UserError
 from deltaworks.train.batching import Encoded, length_of
+from deltaworks.train.checkpointing import uncached
 from deltaworks.train.losses import IGNORED
 from deltaworks.train.tasks import PAD_MULTIPLE, Causal, Task
 
@@ -76,7 +77,7 @@ def check_packed(model: Any, what: str) -> None:
     device = next(model.parameters()).device
     alone = [torch.arange(2, 2 + length, device=device)[None] for length in PROBES]
     places = torch.cat([torch.arange(length, device=device) for length in PROBES])[None]
-    with evaluating(model):
+    with evaluating(model), uncached(model):
         expected = torch.cat([model(input_ids=ids).logits for ids in alone], dim=1)
         found = model(input_ids=torch.cat(alone, dim=1), position_ids=places).logits
     # [1, tokens, vocabulary]

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from deltaworks.core.forms import Factors
 from deltaworks.core.lean.remaking import (
     Chance,
+    Unchanged,
     acts,
     again,
     arithmetic,
@@ -68,6 +69,45 @@ class Low(NamedTuple):
         """x with the other entries zero, and those that are kept larger."""
         return x if kept is None else torch.where(kept, x / (1 - self.dropout), 0)
 
+    def gradients(
+        self,
+        g: Tensor,
+        x: Tensor | None,
+        dx: Tensor | None,
+        A: Any,
+        B: Tensor,
+        inner: Any,
+        of_A: bool,
+        of_B: bool,
+        mask: Tensor | None = None,
+    ) -> list[Tensor | None]:
+        """dA = s (g B)^T x' and dB = s g^T (x' A^T) with x' = dropout(x); s (g B) A, masked like x', is added to dx.
+
+        ``inner`` is x' A^T, and ``mask`` that of the dropout, where they are known. Nothing is computed that is not
+        needed: x is None where that is so of x'.
+        """
+        part = g[:, self.start : self.stop]
+        back = part @ B.to(g.dtype)
+        a: Any = None if A is None else A.to(g.dtype)
+        seen: Any = None
+        dA = dB = None
+        if x is not None and (of_A or (of_B and inner is None)):
+            mask = self.kept(x) if mask is None else mask
+            seen = self.dropped(x, mask)
+        if dx is not None:
+            if self.columns is not None:
+                dx.index_add_(1, self.columns, back, alpha=self.scale)
+            elif self.dropout:
+                dx.add_(self.dropped(back @ a, self.kept(dx) if mask is None else mask), alpha=self.scale)
+            else:
+                dx.addmm_(back, a, alpha=self.scale)
+        if of_B:
+            inner = seen @ a.T if inner is None else inner
+            dB = (self.scale * (part.T @ inner)).to(B.dtype)
+        if of_A:
+            dA = (self.scale * (back.T @ seen)).to(A.dtype)
+        return [dA, dB]
+
 
 def is_linear(module: Any) -> bool:
     """Whether a wrapped module computes ``x W^T + b`` with frozen weights that lie where x does, and nothing else."""
@@ -92,26 +132,27 @@ def _kind(module: Any) -> str:
 class _Products(torch.autograd.Function):
     r"""A frozen linear layer with low-rank products beside it: y = x W^T + b + sum_i s_i x_i A_i^T B_i^T.
 
-    With g the gradient of y, and x_i = x under the i-th dropout mask:
-    dA = s (g B)^T x_i, dB = s g^T (x_i A^T), dx = g W + sum s (g B) A (masked like x_i). Kept are x, the factors, and
-    x_i A^T where that is small beside x. Shapes: x [tokens, in], g [tokens, out], A [r, in], B [out, r].
+    With g the gradient of y and x_i = x under the i-th dropout mask: dx = g W + sum of the products' parts, for which,
+    and for dA and dB, see ``Low.gradients``. Kept are x, the factors, and x_i A_i^T where that is small beside x.
+    Shapes: x [tokens, in], g [tokens, out], A [r, in], B [out, r].
     """
 
     @staticmethod
     def forward(ctx: Any, module: Any, run: Any, lows: Sequence[Low], x: Tensor, *factors: Tensor) -> Tensor:
         y = run(x)
         inners = add_products(y, x, lows, factors)
-        ctx.module, ctx.lows, needs = module, lows, ctx.needs_input_grad[4:]
+        ctx.module, ctx.lows, ctx.base, needs = module, lows, Unchanged(module), ctx.needs_input_grad[4:]
         of_A, of_B = any(needs[::2]), any(needs[1::2])
         small = [low.is_small(inner, x) for low, inner in zip(lows, inners, strict=True)]
         of_x = of_A or (of_B and not all(small) and origin_of(x) is not None)  # for dB alone x A^T is enough
         kept = [inner if of_B and (little or not of_x) else None for inner, little in zip(inners, small, strict=True)]
         save(ctx, x if of_x else None, *factors, *kept)
-        return y
+        return _no_view(y)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        ctx.base.check()
         x, *rest = taken(ctx)  # asked for once: blocks that are computed again give them once
         factors, inners = rest[: 2 * len(ctx.lows)], rest[2 * len(ctx.lows) :]
         g = gradient.reshape(-1, gradient.shape[-1])
@@ -120,32 +161,13 @@ class _Products(torch.autograd.Function):
             dtype = compute_dtype(ctx.module, g) if is_quantized(ctx.module) else g.dtype
             dx = (g.to(dtype) @ matrix(ctx.module).to(dtype)).to(g.dtype)
         x = x if x is None else x.reshape(-1, x.shape[-1])
-        gradients: list[Tensor | None] = []
         needs = ctx.needs_input_grad[4:]
-        pairs = zip(ctx.lows, factors[::2], factors[1::2], inners, needs[::2], needs[1::2], strict=True)
-        for low, A, B, inner, of_A, of_B in pairs:
-            part = g[:, low.start : low.stop]
-            back = part @ B.to(g.dtype)
-            a: Any = None if A is None else A.to(g.dtype)
-            seen = kept = dA = dB = None
-            if x is not None and (of_A or (of_B and inner is None)):
-                kept = low.kept(x)
-                seen = low.dropped(x, kept)
-            if dx is not None:
-                if low.columns is not None:
-                    dx.index_add_(1, low.columns, back, alpha=low.scale)
-                elif low.dropout:
-                    dx.add_(low.dropped(back @ a, low.kept(dx) if kept is None else kept), alpha=low.scale)
-                else:
-                    dx.addmm_(back, a, alpha=low.scale)
-            if of_B:
-                inner = seen @ a.T if inner is None else inner
-                dB = (low.scale * (part.T @ inner)).to(B.dtype)
-            if of_A:
-                dA = (low.scale * (back.T @ seen)).to(A.dtype)
-            gradients += [dA, dB]
-        shape = (*gradient.shape[:-1], -1)
-        return None, None, None, None if dx is None else dx.view(shape), *gradients
+        gradients: list[Tensor | None] = []
+        for low, *each in zip(ctx.lows, factors[::2], factors[1::2], inners, needs[::2], needs[1::2], strict=True):
+            gradients += low.gradients(g, x, dx, *each)
+        if dx is not None:
+            dx = dx.view(*gradient.shape[:-1], dx.shape[-1])
+        return None, None, None, dx, *gradients
 
 
 def add_products(y: Tensor, x: Tensor, lows: Sequence[Low], factors: Sequence[Tensor]) -> list[Tensor]:
@@ -155,6 +177,12 @@ def add_products(y: Tensor, x: Tensor, lows: Sequence[Low], factors: Sequence[Te
         inners.append(low.inner(flat, A).to(y.dtype))
         out[:, low.start : low.stop].addmm_(inners[-1], B.to(y.dtype).T, alpha=low.scale)
     return inners
+
+
+def _no_view(y: Tensor) -> Tensor:
+    """y as a tensor of its own: what follows may write over it, which autograd refuses for views made by a function."""
+    out: Tensor = torch.ops.aten._unsafe_view(y, y.shape)
+    return out
 
 
 def products(module: Any, run: Callable[[Tensor], Tensor], tuners: Sequence[Any], x: Tensor) -> Tensor:
@@ -176,9 +204,9 @@ def products(module: Any, run: Callable[[Tensor], Tensor], tuners: Sequence[Any]
 class _Scaled(torch.autograd.Function):
     r"""A frozen linear layer and a product beside it, every feature of their sum u scaled: y = c u + b.
 
-    u = x W^T + s x' A^T B^T, x' = x under the dropout mask. With g the gradient of y and h = c g: dc = sum g u,
-    dA = s (h B)^T x', dB = s h^T (x' A^T), dx = h W + s (h B) A (masked). u is (y - b) / c where y is kept for it (so
-    that a c of 0 must not be quite 0), else it is made again.
+    u = x W^T + s x' A^T B^T, x' = x under the dropout mask. With g the gradient of y and h = c g: dc = sum g u, and dx,
+    dA and dB are those of ``_Products`` for h. u is y / c where y is kept for it (so that b must be 0, and a c of 0 not
+    quite 0), else it is made again.
     """
 
     @staticmethod
@@ -188,31 +216,30 @@ class _Scaled(torch.autograd.Function):
         y = run(x).sub_(b)
         add_products(y, x, [low], [A, B])
         c = c.masked_fill(c == 0, 1e-30) if keeps else c
-        y.mul_(c.to(y.dtype)).add_(b)
-        ctx.module, ctx.low, ctx.keeps = module, low, keeps
-        save(ctx, x, A, B, c, b, y if keeps else None)
+        y = _no_view(y.mul_(c.to(y.dtype)).add_(b))
+        ctx.module, ctx.low, ctx.keeps, ctx.base = module, low, keeps, Unchanged(module)
+        save(ctx, x, A, B, c, y if keeps else None)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        (x, A, B, c, b, y), low = taken(ctx), ctx.low
+        ctx.base.check()
+        (x, A, B, c, y), low = taken(ctx), ctx.low
         g = gradient.reshape(-1, gradient.shape[-1])
         x = x.reshape(-1, x.shape[-1])
-        kept = low.kept(x)
-        seen = low.dropped(x, kept)
-        a, up, W = A.to(g.dtype), B.to(g.dtype), matrix(ctx.module).to(g.dtype)
-        inner = seen @ a.T
+        W, of_x, mask = matrix(ctx.module).to(g.dtype), ctx.needs_input_grad[4], low.kept(x)
+        inner = low.dropped(x, mask) @ A.to(g.dtype).T
         if ctx.keeps:
-            dc = ((y.view(g.shape) - b) * g).sum(0) / c
+            dc = (y.view(g.shape) * g).sum(0) / c
         else:
-            u = (x @ W.T).addmm_(inner, up.T, alpha=low.scale)
-            dc = u.mul_(g).sum(0)
+            dc = (x @ W.T).addmm_(inner, B.to(g.dtype).T, alpha=low.scale).mul_(g).sum(0)
         h = g * c.to(g.dtype)
-        back = h @ up
-        dA, dB = low.scale * (back.T @ seen), low.scale * (h.T @ inner)
-        dx = (h @ W).add_(low.dropped(back @ a, kept), alpha=low.scale).view(*gradient.shape[:-1], -1)
-        return None, None, None, None, dx, dA.to(A.dtype), dB.to(B.dtype), dc.to(c.dtype), None
+        dx = h @ W if of_x else None
+        dA, dB = low.gradients(h, x, dx, A, B, inner, *ctx.needs_input_grad[5:7], mask)
+        if dx is not None:
+            dx = dx.view(*gradient.shape[:-1], dx.shape[-1])
+        return None, None, None, None, dx, dA, dB, dc.to(c.dtype), None
 
 
 KEPT_BY_THE_MODEL = ("attention.v", "mlp.gate", "mlp.up")
@@ -227,11 +254,11 @@ def scaled(tuner: Any, base: Any, x: Tensor, factors: Factors, gain: Tensor, bia
     A, B, scale = factors
     dropout = tuner.dropout if tuner.training else 0.0
     module = getattr(base, "module", None)
-    if acts() and module is not None and is_linear(module):
+    if acts(dropout > 0) and module is not None and is_linear(module):
         x = in_arithmetic(x)
         low = Low(0, len(B), float(scale), dropout, _seed(dropout))
-        place = tuner.place
-        keeps = place.role.endswith(KEPT_BY_THE_MODEL) or A.shape[1] > len(B)  # or costs most to make again
+        dear = tuner.place.role.endswith(KEPT_BY_THE_MODEL) or A.shape[1] > len(B)  # or costs most to make again
+        keeps = dear and module._parameters.get("bias") is None
         return _Scaled.apply(module, base, low, keeps, x, A, B, gain, bias)
     y = base(x)
     change = F.linear(F.linear(F.dropout(x, dropout), A.to(x.dtype)), B.to(x.dtype)) * scale
@@ -273,18 +300,22 @@ class _Effective(torch.autograd.Function):
     ) -> Tensor:
         weight, bias = values
         ctx.module, ctx.tuners, ctx.chance, ctx.theta, ctx.dtype = module, tuners, chance, theta, x.dtype
+        ctx.base = Unchanged(module, *theta)
         save(ctx, x if weight.requires_grad else None)
         ctx.arithmetic = arithmetic(x.device.type)
         values.clear()
-        return F.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
+        return _no_view(F.linear(x.to(weight.dtype), weight, bias).to(x.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        ctx.base.check()
         with torch.enable_grad(), ctx.chance.again(), ctx.arithmetic:
             weight, bias = _made(ctx.module, ctx.tuners, gradient)
         g = gradient.reshape(-1, gradient.shape[-1]).to(weight.dtype)
-        dx = (g @ weight.detach()).to(ctx.dtype).view(*gradient.shape[:-1], -1) if ctx.needs_input_grad[4] else None
+        dx = None
+        if ctx.needs_input_grad[4]:
+            dx = (g @ weight.detach()).to(ctx.dtype).view(*gradient.shape[:-1], weight.shape[1])
         outputs, given = [], []
         if weight.requires_grad:
             (x,) = taken(ctx)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from deltaworks.core.lean import fused
-from deltaworks.core.lean.remaking import acts, as_now, made
+from deltaworks.core.lean.remaking import Unchanged, acts, as_now, made
 from deltaworks.core.places import is_norm
 
 ACTIVATIONS = ("torch.nn.modules.activation", "transformers.activations")
@@ -32,8 +32,13 @@ def lean_forward(module: Any) -> Callable[..., Any] | None:
     if is_norm(module) and (gain := rms_gain(module)) is not None:
         return functools.partial(_run_rms_norm, module, gain)
     if is_activation(module):
-        return functools.partial(_run_activation, module, fused.gate_of(module))
+        return functools.partial(_run_activation, module)
     return None
+
+
+def gate_forward(module: nn.Module) -> Callable[..., Any]:
+    """The same for an activation whose output will be multiplied with that of another linear layer (up)."""
+    return functools.partial(_run_gate, module, fused.gate_of(module))
 
 
 def is_activation(module: nn.Module) -> bool:
@@ -67,12 +72,13 @@ class _RMSNorm(torch.autograd.Function):
         wide = torch.promote_types(x.dtype, torch.float32)
         square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide).square() / x.shape[-1]
         ctx.save_for_backward(x, (square + _eps(module)).rsqrt())
-        ctx.module, ctx.gain = module, gain
+        ctx.module, ctx.gain, ctx.base = module, gain, Unchanged(module)
         return run(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        ctx.base.check()
         x, r = ctx.saved_tensors
         weight = ctx.module.weight.to(r.dtype) + ctx.gain
         h = gradient * weight  # [..., width], in the wide dtype
@@ -98,13 +104,15 @@ def _eps(module: Any) -> float:
 def rms_gain(module: Any) -> float | None:
     """What a norm by the root mean square adds to its weight: 0, or 1 (Gemma). None for every other norm.
 
-    Told by the outputs of a copy with known values, since the classes of families differ in name alone.
+    Told by the outputs of a copy with known values, since the classes of families differ in name alone; once for all
+    norms of a class and width that have the same flags.
     """
     weight = module._parameters.get("weight")
     eps = [getattr(module, name, None) for name in ("variance_epsilon", "eps")]
     if weight is None or weight.dim() != 1 or len(module._parameters) > 1 or not any(isinstance(e, float) for e in eps):
         return None
-    return _gain_of(type(module), weight.shape[0], _Probe(module))  # type: ignore[arg-type]
+    flags = tuple((name, x) for name, x in vars(module).items() if isinstance(x, (str, int, float)))
+    return _gain_of(type(module), weight.shape[0], flags, _Probe(module))  # type: ignore[arg-type]
 
 
 class _Probe:
@@ -121,7 +129,7 @@ class _Probe:
 
 
 @functools.cache
-def _gain_of(kind: type[nn.Module], width: int, probe: _Probe) -> float | None:
+def _gain_of(kind: type[nn.Module], width: int, flags: tuple[tuple[str, Any], ...], probe: _Probe) -> float | None:
     twin: Any = copy.deepcopy(probe.module).to_empty(device="cpu").double()
     with torch.device("cpu"):  # models are built on the meta device too
         generator = torch.Generator().manual_seed(0)
@@ -146,6 +154,10 @@ class _Activation(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         x, y = _with_graph(ctx.run, *ctx.saved_tensors)
         return torch.autograd.grad(y, x, gradient)[0], None
+
+
+def _activated(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return made(_Activation.apply(x, run), run, x)
 
 
 def _with_graph(run: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
@@ -210,7 +222,8 @@ class Activated(Tensor):
 
     @functools.cached_property
     def value(self) -> Tensor:
-        return made(_Activation.apply(self.input, self.run), self.run, self.input)
+        with torch.enable_grad():  # whoever asks first may need no gradient
+            return _activated(self.run, self.input)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -245,7 +258,12 @@ def computed(tree: Any) -> Any:
     return {key: computed(value) for key, value in tree.items()} if type(tree) is dict else tree
 
 
-def _run_activation(module: nn.Module, gate: str | None, run: Any, *args: Any, **kwargs: Any) -> Any:
-    if not _applies(module, args, kwargs):
-        return run(*args, **kwargs)
+def _run_activation(module: nn.Module, run: Any, *args: Any, **kwargs: Any) -> Any:
+    return _activated(as_now(run, args[0]), args[0]) if _applies(module, args, kwargs) else run(*args, **kwargs)
+
+
+def _run_gate(module: nn.Module, gate: str | None, run: Any, *args: Any, **kwargs: Any) -> Any:
+    watched = module._forward_hooks or module._backward_hooks or module._backward_pre_hooks
+    if watched or not _applies(module, args, kwargs):
+        return _run_activation(module, run, *args, **kwargs)
     return Activated.of(args[0], as_now(run, args[0]), gate)

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from deltaworks.core.errors import UserError
+
 
 class Recipe:
     """How one tensor is made again. All who need it in the backward pass get the same one, and the last lets it go."""
@@ -120,30 +122,60 @@ class Chance:
             yield
 
 
+class Unchanged:
+    """What a backward pass computes with again: it must be as it was in the forward pass."""
+
+    def __init__(self, module: Any, *theta: Tensor) -> None:
+        home = {} if module is None else module._parameters
+        self.module, self.board = module, getattr(module, "_board", None)
+        self.held = [(name, x, _version(x)) for name, x in home.items()]
+        self.theta = [(x, _version(x)) for x in theta]
+
+    def check(self) -> None:
+        """Raises UserError where the module was unwrapped, or its parameters or theta were replaced or written to."""
+        same = getattr(self.module, "_board", None) is self.board
+        same = same and all(_version(x) == version for x, version in self.theta)
+        for name, x, version in self.held:
+            same = same and self.module._parameters.get(name) is x and _version(x) == version
+        if not same:
+            raise UserError(
+                "parameters were changed between a forward pass and its backward pass, which computes with them again: "
+                "call backward() before optimizer.step(), merge() and detach()"
+            )
+
+
+def _version(x: Tensor | None) -> int:
+    return 0 if x is None or x.is_inference() else x._version
+
+
 class _Again(torch.autograd.Function):
     """f(x, ..) of which no intermediate result is kept: f is run again for the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, f: Callable[..., Tensor], value: list[Tensor], count: int, *inputs: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, f: Callable[..., Tensor], module: Any, value: list[Tensor], count: int, *inputs: Tensor
+    ) -> Tensor:
         ctx.f, ctx.theta, ctx.arithmetic = f, inputs[count:], arithmetic(value[0].device.type)
+        ctx.base = Unchanged(module, *ctx.theta)
         save(ctx, *inputs[:count])
         return value.pop()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        needs = ctx.needs_input_grad[3:]
+        ctx.base.check()
+        needs = ctx.needs_input_grad[4:]
         inputs = [x.detach() for x in taken(ctx)]
         with torch.enable_grad(), ctx.arithmetic:
             inputs = [x.requires_grad_(need) for x, need in zip(inputs, needs, strict=False)]
             y = ctx.f(*inputs)
         wanted = [x for x, need in zip((*inputs, *ctx.theta), needs, strict=True) if need]
         found = iter(torch.autograd.grad(y, wanted, gradient, allow_unused=True))
-        return None, None, None, *[next(found) if need else None for need in needs]
+        return None, None, None, None, *[next(found) if need else None for need in needs]
 
 
-def again(f: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """``f(*inputs)``, of which neither the intermediate results nor the output are kept."""
+def again(f: Callable[..., Tensor], *inputs: Tensor, module: Any = None) -> Tensor:
+    """``f(*inputs)``, of which neither the intermediate results nor the output are kept; f may run a ``module``."""
     if not acts():
         return f(*inputs)
     alone = [x.detach().requires_grad_(x.requires_grad) for x in inputs]
@@ -158,7 +190,7 @@ def again(f: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
             return f(*inputs)
 
     theta = [leaf for leaf in leaves(y) if not any(leaf is x for x in alone)]
-    return noted(_Again.apply(replayed, [y.detach()], len(inputs), *inputs, *theta), replayed, inputs)
+    return noted(_Again.apply(replayed, module, [y.detach()], len(inputs), *inputs, *theta), replayed, inputs)
 
 
 def noted(y: Tensor, f: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Tensor:
@@ -231,9 +263,14 @@ def as_now(run: Callable[..., Tensor], x: Tensor) -> Callable[..., Tensor]:
 _on = True
 
 
-def acts() -> bool:
-    """Whether lean pieces act now. A compiler recomputes by its own reckoning."""
-    return _on and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+def acts(always: bool = False) -> bool:
+    """Whether lean pieces act now: where gradients are recorded, or ``always``.
+
+    A compiler recomputes by its own reckoning, and function transforms differentiate by theirs.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    return _on and (always or torch.is_grad_enabled())
 
 
 @contextmanager
