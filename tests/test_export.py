@@ -420,3 +420,78 @@ def test_the_command_converts_both_ways_and_merges(call: Call, tmp_path: Path) -
     status, _, err = call("export", tmp_path / "ours", "--format", "vllm", "--out", tmp_path / "vllm", *words)
     assert status == 2
     assert "trained in full" in err
+
+
+def of_peft(model: Any, base: Path, folder: Path, **options: Any) -> None:
+    """A base without a tokenizer and an adapter of peft that names it."""
+    model.save_pretrained(base)
+    with quiet():
+        theirs = trained(model, lora(**options)())
+        theirs.peft_config["default"].base_model_name_or_path = str(base)
+        theirs.save_pretrained(folder)
+
+
+def test_a_classifier_keeps_the_classes_of_its_base(call: Call, tmp_path: Path) -> None:  # noqa: F811
+    model, _ = ZOO["bert"]()
+    names = dict(enumerate(["bad", "poor", "fair", "good"]))
+    model.config.id2label, model.config.label2id = names, {name: index for index, name in names.items()}
+    of_peft(model, tmp_path / "base", tmp_path / "theirs", task_type="SEQ_CLS", target_modules=["query"])
+    for given in ((), ("--labels", 4)):
+        out = tmp_path / f"merged{len(given)}"
+        status, _, err = call("export", tmp_path / "theirs", "--format", "merged", "--out", out, *given)
+        assert status == 0, err
+        assert json.loads((out / "config.json").read_text())["id2label"] == {str(k): v for k, v in names.items()}
+
+
+def test_a_base_of_other_classes_gets_as_many_as_the_adapters_head(call: Call, tmp_path: Path) -> None:  # noqa: F811
+    model, inputs = ZOO["bert"]()
+    of_peft(model, tmp_path / "base", tmp_path / "theirs", task_type="SEQ_CLS", target_modules=["query"])
+    bare = type(model)(type(model.config)(**model.config.to_dict() | {"num_labels": 2}))
+    bare.load_state_dict({k: v for k, v in model.state_dict().items() if "classifier" not in k}, strict=False)
+    bare.save_pretrained(tmp_path / "base")
+    status, _, err = call("export", tmp_path / "theirs", "--format", "deltaworks", "--out", tmp_path / "ours")
+    assert status == 0, err
+    for adapter in ("theirs", "ours"):
+        words = ("--format", "merged", "--model", tmp_path / "base", "--task", "classification")
+        status, _, err = call("export", tmp_path / adapter, "--out", tmp_path / f"merged-{adapter}", *words)
+        assert status == 0, err
+        merged = type(model).from_pretrained(tmp_path / f"merged-{adapter}").eval()
+        with quiet():
+            theirs = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "theirs").eval()
+        agree(logits("bert", theirs, inputs), logits("bert", merged, inputs))
+
+
+def test_a_refusal_leaves_no_folder_behind(call: Call, tmp_path: Path) -> None:  # noqa: F811
+    of_peft(ZOO["bert"]()[0], tmp_path / "base", tmp_path / "theirs", task_type="SEQ_CLS", target_modules=["query"])
+    words = ("export", tmp_path / "theirs", "--format", "merged", "--labels", 2, "--out")
+    status, _, err = call(*words, tmp_path / "new" / "merged")
+    assert status == 2
+    assert "classifier.bias [4], not [2]" in err
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "old").mkdir()
+    assert call(*words, tmp_path / "old" / "merged")[0] == 2
+    assert list((tmp_path / "old").iterdir()) == []
+
+
+@pytest.mark.parametrize("task", [None, "CAUSAL_LM"])
+def test_a_base_without_a_tokenizer_is_merged_in_its_dtype(task: str | None, call: Call, tmp_path: Path) -> None:  # noqa: F811
+    model = ZOO["llama"]()[0].bfloat16()
+    of_peft(model, tmp_path / "base", tmp_path / "theirs", task_type=task)
+    words = ("export", tmp_path / "theirs", "--format", "merged", "--out", tmp_path / "merged")
+    status, _, err = call(*words, "--task", "causal")
+    assert status == 2
+    assert "tokenizer" in err
+    status, _, err = call(*words)
+    assert status == 0, err
+    assert {tensor.dtype for tensor in load_file(tmp_path / "merged/model.safetensors").values()} == {torch.bfloat16}
+
+
+def test_a_part_of_a_pipeline_is_merged_in_its_dtype(call: Call, tmp_path: Path) -> None:  # noqa: F811
+    model: Any = unet().half()
+    model.save_pretrained(tmp_path / "base")
+    dw.attach(model, "lora[targets=to_q]").save(tmp_path / "ours")
+    words = ("--format", "merged", "--model", tmp_path / "base", "--out", tmp_path / "merged")
+    status, _, err = call("export", tmp_path / "ours", *words)
+    assert status == 0, err
+    (file,) = (tmp_path / "merged").glob("*.safetensors")
+    assert {tensor.dtype for tensor in load_file(file).values()} == {torch.float16}

@@ -241,6 +241,23 @@ def test_a_function_of_the_users_own(tmp_path, monkeypatch):
     assert "importing 'no_such_module' failed" in refusal("no_such_module:build", "classification")
 
 
+def test_classes_by_their_number(tmp_path, llama_folder):
+    first = load_model(str(llama_folder), "classification", labels=LABELS)
+    first.model.save_pretrained(tmp_path / "three")
+    first.processor.save_pretrained(tmp_path / "three")
+    for labels, names in ((0, LABELS), (3, LABELS), (2, ["0", "1"]), (1, ["0"])):
+        loaded = load_model(str(tmp_path / "three"), "classification", labels=labels)
+        assert list(loaded.model.config.id2label.values()) == names
+        assert loaded.head == ([] if names == LABELS else ["score"])
+
+
+def test_the_dtype_of_the_files(tmp_path, llama_folder):
+    load_model(str(llama_folder), "causal", dtype="bfloat16").model.save_pretrained(tmp_path / "half")
+    write_tokenizer(tmp_path / "half", unk_token="[UNK]")
+    assert load_model(str(tmp_path / "half"), "causal", dtype="auto").model.dtype == torch.bfloat16
+    assert load_model(str(tmp_path / "half"), "causal").model.dtype == torch.float32
+
+
 # --- what is refused
 
 

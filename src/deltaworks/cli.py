@@ -244,7 +244,9 @@ def export(
     ] = "peft",
     model: Annotated[str | None, typer.Option(help="the base; default: what the adapter says")] = None,
     task: Annotated[str | None, typer.Option(help="load the base for this task; default: the first that fits")] = None,
-    labels: Annotated[int, typer.Option(help="number of classes, where the adapter has no record")] = 2,
+    labels: Annotated[
+        int | None, typer.Option(min=1, help="number of classes, without a record; default: what the files say")
+    ] = None,
     rank: Annotated[
         int | None, typer.Option(min=1, help="cut the change to a LoRA of this rank, and say its error")
     ] = None,

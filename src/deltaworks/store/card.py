@@ -70,8 +70,9 @@ def card_of_delta(delta: Delta, place: str, library: str = "deltaworks") -> str:
     source = str(getattr(getattr(delta.model, "config", None), "_name_or_path", ""))
     base_id = hub_id(source)
     kind = type(delta.model).__name__
-    build = f'{kind}.from_pretrained("{base_id}")' if base_id else "...  # the base that the adapter was trained on"
-    imports = f"from transformers import {kind}\n" if base_id and _is_of_transformers(delta.model) else ""
+    found = base_id is not None and _is_of_transformers(delta.model)
+    build = f'{kind}.from_pretrained("{base_id}")' if found else "...  # the base that the adapter was trained on"
+    imports = f"from transformers import {kind}\n" if found else ""
     facts = {
         "method": f"`{delta.config}`",
         "base": f"{base_id or kind}, {counts.total:,} parameters",

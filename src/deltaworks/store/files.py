@@ -145,6 +145,20 @@ def check_writable(folder: str | os.PathLike[str]) -> Path:
     return place
 
 
+@contextlib.contextmanager
+def claimed(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """``check_writable`` for a block: folders that were missing are gone again where it raises and they are empty."""
+    place = Path(folder)
+    made = [path for path in (place, *place.parents) if not path.exists()]
+    try:
+        yield check_writable(place)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            for path in made:
+                path.rmdir()
+        raise
+
+
 def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not a JSON number")
 

@@ -56,11 +56,11 @@ class Loaded:
 
 @dataclass(frozen=True)
 class _Wanted:
-    """What the model is for; `labels` is empty for the tasks without classes."""
+    """What the model is for; `labels` are as in `load_model`, and no `dtype` is that of its files."""
 
     task: str
-    labels: list[str]
-    dtype: torch.dtype
+    labels: list[str] | int
+    dtype: torch.dtype | None
     quantization: Quantization | None = None
     device: torch.device = CPU
 
@@ -72,14 +72,21 @@ class _Wanted:
             raise UserError(f"{base} comes quantized: leave quantize={self.quantization.form} out")
         with torch.device("meta"):
             body = explained(base, build, config)
-        return self.quantization.options(body, self.dtype, self.device)
+        return self.quantization.options(body, self.dtype or torch.float32, self.device)
+
+    def classes(self, config: Any) -> dict[str, Any]:
+        """What a configuration is told of the classes: nothing where its own are wanted."""
+        if isinstance(self.labels, list):
+            return _label_maps(self.labels)
+        own = self.labels in (0, config.num_labels)
+        return {} if own else _label_maps([str(label) for label in range(self.labels)])
 
 
 def load_model(
     source: str | Path,
     task: str,
     *,
-    labels: list[str] | None = None,
+    labels: list[str] | int | None = None,
     dtype: str = "float32",
     seed: int = 0,
     image_shape: Sequence[int] | None = None,
@@ -91,8 +98,8 @@ def load_model(
     Args:
         source: "minilm", "tiny-lm", "tiny-vit", a folder, "module:function" that returns an nn.Module, or a Hub id.
         task: One of "classification", "pairs", "causal", "seq2seq", "images".
-        labels: Class names, for the tasks with classes.
-        dtype: "float32", "bfloat16" or "float16" for the base weights.
+        labels: Class names, for the tasks with classes. A number keeps the model's own where it has so many, 0 always.
+        dtype: "float32", "bfloat16" or "float16" for the base weights, or "auto" for that of their files.
         seed: Initialises the head (and all of "tiny-vit"), leaving the global generators as they were.
         image_shape: [height, width] or [height, width, channels] of the data, for "tiny-vit".
         quantization: Of the linear layers in the blocks, while they are loaded; the arithmetic stays in `dtype`.
@@ -104,12 +111,11 @@ def load_model(
     source = str(source)
     if task not in ROLES:
         raise UserError(f"the task {task!r} is not known; {nearest(task, ROLES)}")
-    if dtype not in DTYPES:
+    if dtype not in DTYPES and dtype != "auto":
         raise UserError(f"the dtype {dtype!r} is not known; {nearest(dtype, DTYPES)}")
-    if task in LABELLED and (not labels or len(labels) < 2):
+    if task in LABELLED and not isinstance(labels, int) and len(labels or []) < 2:
         raise UserError(f"the task {task!r} needs the names of at least two classes in labels")
-    names = list(labels or []) if task in LABELLED else []
-    wanted = _Wanted(task, names, DTYPES[dtype], quantization, device)
+    wanted = _Wanted(task, labels or 0, DTYPES.get(dtype), quantization, device)
     if quantization is not None and (source == "tiny-vit" or _names_function(source)):
         raise UserError(f"quantize is for models that are loaded from files, which {source!r} is not: leave it out")
     with torch.random.fork_rng(), _quiet():
@@ -171,7 +177,7 @@ def _minilm_folder() -> tuple[Path, str]:
     return Path(spec.origin).parent / "model", version
 
 
-def _from_function(source: str, module: str, function: str, dtype: torch.dtype) -> Loaded:
+def _from_function(source: str, module: str, function: str, dtype: torch.dtype | None) -> Loaded:
     sys.path.insert(0, "")  # the user's own file beside the command, as `python -m` would find it
     try:
         found = importlib.import_module(module)
@@ -212,8 +218,8 @@ def _tiny_vit(wanted: _Wanted, image_shape: Sequence[int] | None) -> Loaded:
         intermediate_size=128,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
-        **_label_maps(wanted.labels),
     )
+    vars(config).update(wanted.classes(config))
     model: nn.Module = ViTForImageClassification(config)
     model.to(wanted.dtype)
     scaler = PictureScaler(side, side, config.num_channels, (0.5,), (0.5,))
@@ -251,14 +257,14 @@ def _sentence_encoder(folder: Path, wanted: _Wanted, base: str) -> Loaded:
     config = explained(base, AutoConfig.from_pretrained, str(folder))
     # the pooling layer of BERT is part of its next-sentence head, which sentence embedders do not use
     without_pooler = {"add_pooling_layer": False} if config.model_type in ("bert", "roberta", "xlm-roberta") else {}
-    options: dict[str, Any] = {"dtype": wanted.dtype, **without_pooler}
-    build = partial(AutoModel.from_config, **options)
+    build = partial(AutoModel.from_config, dtype=wanted.dtype, **without_pooler)
+    options: dict[str, Any] = {"dtype": wanted.dtype or "auto", **without_pooler}
     options |= {"output_loading_info": True, **wanted.options(base, build, config)}
     encoder, info = explained(base, AutoModel.from_pretrained, str(folder), **options)
     _refuse_missing(base, "sentence encoder", info["missing_keys"])
     # the head stays float32: it is trained, and it is small
-    model = PooledClassifier(encoder, len(wanted.labels), _pooling(folder))
-    vars(model.config).update(_label_maps(wanted.labels))
+    vars(encoder.config).update(wanted.classes(encoder.config))
+    model = PooledClassifier(encoder, encoder.config.num_labels, _pooling(folder))
     return Loaded(model, _tokenizer(str(folder), model, base), base, ["classifier"])
 
 
@@ -277,7 +283,7 @@ def _pooling(folder: Path) -> str:
 def _auto(source: str, wanted: _Wanted, base: str) -> Loaded:
     import transformers
 
-    task, labels = wanted.task, wanted.labels
+    task, labelled = wanted.task, wanted.task in LABELLED
     auto = getattr(transformers, AUTO_CLASSES[task])
     config = explained(base, transformers.AutoConfig.from_pretrained, source)
     if type(config) not in auto._model_mapping:
@@ -285,12 +291,13 @@ def _auto(source: str, wanted: _Wanted, base: str) -> Loaded:
             f"{base} is a model of the family {config.model_type!r}, which cannot do the task {task!r}; "
             f"choose a model or a task that fits"
         )
-    options = {"ignore_mismatched_sizes": True, **_label_maps(labels)} if labels else {}
+    options = {"ignore_mismatched_sizes": True, **wanted.classes(config)} if labelled else {}
     options |= wanted.options(base, partial(auto.from_config, dtype=wanted.dtype), config)
-    model, info = explained(base, auto.from_pretrained, source, output_loading_info=True, dtype=wanted.dtype, **options)
+    options |= {"output_loading_info": True, "dtype": wanted.dtype or "auto"}
+    model, info = explained(base, auto.from_pretrained, source, **options)
     fresh = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
     head = sorted({name.rpartition(".")[0] for name in fresh})
-    body = [name for name in fresh if not set(name.split(".")) & set(HEAD_NAMES)] if labels else fresh
+    body = [name for name in fresh if not set(name.split(".")) & set(HEAD_NAMES)] if labelled else fresh
     _refuse_missing(base, task, body)
     if task == "images":
         from deltaworks.train.pictures import scaler_of
@@ -358,5 +365,5 @@ def explained(shown: str, load: Any, *arguments: Any, **options: Any) -> Any:
         raise UserError(f"the weights of {shown} are broken ({error}); copy or download them again") from error
     except Exception as error:  # transformers raises many kinds; each ends in the same mend
         lines = str(error).strip().splitlines()
-        reason = lines[0].rstrip(".:") if lines else type(error).__name__
-        raise UserError(f"the model {shown} could not be loaded: {reason}") from error
+        reason = (" ".join(lines) if lines[0].rstrip().endswith(":") else lines[0]) if lines else type(error).__name__
+        raise UserError(f"the model {shown} could not be loaded: {reason.rstrip('.:')}") from error

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from deltaworks.core.errors import UserError
@@ -31,12 +33,22 @@ def skeleton(folder: Path) -> nn.Module | None:
 
 
 def named(folder: Path) -> nn.Module | None:
-    """The same model with its weights. Raises UserError where these are not readable."""
+    """The same model with its weights, in their dtype. Raises UserError where these are not readable."""
     kind = _kind(folder)
     if kind is None:
         return None
-    model: nn.Module = explained(repr(str(folder)), kind.from_pretrained, str(folder), local_files_only=True)
+    options = {"dtype": "auto"} if hasattr(kind, "_from_config") else {"torch_dtype": _dtype(folder)}
+    model: nn.Module = explained(repr(str(folder)), kind.from_pretrained, str(folder), local_files_only=True, **options)
     return model.eval()
+
+
+def _dtype(folder: Path) -> torch.dtype | None:
+    """That of the first tensor in a folder's files, None where they hold none: diffusers would make it float32."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with suppress(SafetensorError), safe_open(path, framework="pt") as file:
+            for name in file.offset_keys():
+                return file.get_tensor(name).dtype
+    return None
 
 
 def _kind(folder: Path) -> Any:
