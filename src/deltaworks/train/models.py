@@ -118,6 +118,7 @@ def load_model(
     wanted = _Wanted(task, labels or 0, DTYPES.get(dtype), quantization, device)
     if quantization is not None and (source == "tiny-vit" or _names_function(source)):
         raise UserError(f"quantize is for models that are loaded from files, which {source!r} is not: leave it out")
+    config: Any
     with torch.random.fork_rng(), _quiet():
         torch.manual_seed(seed)
         if source == "tiny-vit":
@@ -127,9 +128,11 @@ def load_model(
         elif source == "minilm":
             folder, version = _minilm_folder()
             loaded = _from_folder(folder, wanted, f"all-MiniLM-L6-v2 ({MINILM_PACKAGE} {version})")
+            config = loaded.model.config
+            config._name_or_path = PUBLISHED[source]  # by which other libraries find it
         else:
             loaded = _from_elsewhere(source, wanted)
-    config: Any = getattr(loaded.model, "config", None)
+    config = getattr(loaded.model, "config", None)
     if getattr(config, "use_cache", False):
         config.use_cache = False  # training and scoring read no earlier keys and values; generation has its own setting
     loaded.model.eval()
