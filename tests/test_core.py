@@ -190,6 +190,22 @@ def test_report_counts_and_ranks() -> None:
     assert all(rank == 3 for row in report.rows for rank in row.ranks)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", ["lora[dora=true]", "hra", "ba-lora"])
+def test_rounding_of_a_weight_made_anew_is_no_change(method: str, dtype: torch.dtype) -> None:
+    model, _ = llama()
+    delta = dw.attach(model.to(dtype), method, targets="attention.[qv]")
+    assert any(bool(delta.change(item).any()) for item in delta.attached)  # type: ignore[union-attr]
+    report = delta.report(ranks=True)
+    assert (report.changed, {rank for row in report.rows for rank in row.ranks}) == (0, {0})
+    with torch.no_grad():
+        for parameter in delta.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)), alpha=1e-4)
+    report = delta.report(ranks=True)
+    assert report.changed > 0.99 * 2 * (32 * 32 + 16 * 32)
+    assert all(rank > 0 for row in report.rows for rank in row.ranks)
+
+
 def test_attach_to_a_seven_billion_shape_on_the_meta_device() -> None:
     model = zoo.real("llama-7b")
     delta = dw.attach(model, "lora", rank=64)

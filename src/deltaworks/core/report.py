@@ -9,10 +9,15 @@ import torch
 from torch import Tensor
 
 from deltaworks.core.sharding import size_of
-from deltaworks.core.weights import matrix_of
+from deltaworks.core.weights import base_tensors, matrix_of, to_matrix
 
 if TYPE_CHECKING:
+    from deltaworks.core.building import Attached
     from deltaworks.core.delta import Delta
+
+ROUNDINGS = 16
+"""Of float32, in which adapters are held: what DoRA, PiSSA or HRA make of a weight before they learn misses it by up
+to 7 of its largest entry, as measured on layers of 64 to 3072 features."""
 
 
 @dataclass
@@ -30,7 +35,8 @@ class Row:
 class Report:
     """``changed`` counts entries of the base that the adapter changes now, and entries that it adds.
 
-    ``stored_bytes`` are those of its tensors; a file holds the positions of sparse methods in fewer.
+    A weight that is the base's but for the rounding of float32 is unchanged. ``stored_bytes`` are those of its tensors;
+    a file holds the positions of sparse methods in fewer.
     Printed, it is a table of at most 80 columns for models whose roles have short names.
     """
 
@@ -82,6 +88,19 @@ def rank_of(change: Tensor) -> int:
     return int((values > 1e-6 * values.max()).sum()) if values.numel() and float(values.max()) > 0 else 0
 
 
+def _change(delta: Delta, item: Attached) -> Tensor:
+    """The change at one place, zero where it is rounding alone."""
+    change = delta.change(item)
+    assert change is not None
+    if not bool(change.any()):
+        return change
+    place = item.place
+    held = base_tensors(delta.model.get_submodule(place.path))[place.parameter]
+    weight = to_matrix(place.kind, held) if item.tuner.gives("tensor") else matrix_of(place, held)
+    rounding = ROUNDINGS * torch.finfo(torch.float32).eps * weight.abs().max()
+    return torch.zeros_like(change) if bool(change.abs().max() <= rounding) else change
+
+
 def report(delta: Delta, *, ranks: bool = False) -> Report:
     """Count what an adapter trains, changes and stores. Raises nothing; meta devices count shapes alone."""
     rows: dict[str, Row] = {}
@@ -107,8 +126,7 @@ def report(delta: Delta, *, ranks: bool = False) -> Report:
             row.changed += matrix_of(item.place, weight).numel()
             continue
         if item.tuner.gives("weight") or item.tuner.gives("factors") or item.tuner.gives("tensor"):
-            change = delta.change(item)
-            assert change is not None
+            change = _change(delta, item)
             row.changed += int((change != 0).sum())
             if ranks and change.dim() == 2:
                 row.ranks.append(rank_of(change))
