@@ -180,3 +180,34 @@ def test_outputs_are_pefts_both_ways(case: str, tmp_path: Path) -> None:
         again = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "ours").eval()
     assert not [str(one.message) for one in said if "missing" in str(one.message)]
     agree(wanted, logits(name, again, inputs))
+
+
+NAMING_NOTHING: dict[str, tuple[dict[str, Any], str]] = {
+    "rank": ({"rank_pattern": {"zzz": 3}}, "rank_pattern: 'zzz' names no adapted module"),
+    "rank-elsewhere": ({"rank_pattern": {"k_proj": 3}}, "rank_pattern: 'k_proj' names no adapted module"),
+    "alpha": ({"alpha_pattern": {"zzz": 3}}, "alpha_pattern: 'zzz' names no adapted module"),
+    "excluded": ({"exclude_modules": ["v_projj"]}, "exclude_modules: 'v_projj' names no module .* 'v_proj'"),
+    "excluded-by-expression": ({"exclude_modules": "zzz"}, "exclude_modules='zzz' names no module"),
+    "layers": ({"layers_to_transform": [0, 99]}, "no target lies in a layer 99: those that have one are 0, 1"),
+    "layer": ({"layers_to_transform": 99}, "no target lies in a layer 99"),
+    "layers-pattern": ({"layers_to_transform": [0], "layers_pattern": "h"}, "no target lies in a layer 0: .* none"),
+}
+
+
+@pytest.mark.parametrize("case", NAMING_NOTHING)
+def test_what_names_nothing_is_an_error_of_a_fresh_configuration(case: str) -> None:
+    changes, message = NAMING_NOTHING[case]
+    with pytest.raises(dw.UserError, match=message):
+        dw.attach(ZOO["llama"]()[0], lora(**changes)())
+
+
+def test_a_checkpoint_may_say_what_names_nothing(tmp_path: Path) -> None:
+    """Its tensors say where it stands."""
+    model, inputs = ZOO["llama"]()
+    leftover = {"rank_pattern": {"zzz": 3}, "exclude_modules": ["zzz"], "layers_to_transform": [0, 99]}
+    theirs = trained(model, lora(**leftover)())
+    with quiet():
+        theirs.save_pretrained(tmp_path)
+    wanted = logits("llama", theirs, inputs)
+    dw.load(model, tmp_path)
+    agree(wanted, logits("llama", model, inputs))

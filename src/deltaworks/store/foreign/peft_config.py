@@ -86,8 +86,10 @@ def plan(data: Mapping[str, Any], model: nn.Module, kept: Collection[str] = (), 
     else:
         chosen = targets.targeted(data, model, paths)
         named = parameters(data, found)
-        if fresh and not (named and data.get("target_modules") in ([], None)):
+        if fresh:
             targets.check_named(data, chosen, model, paths)
+            patterns = [own.pattern for own in row.fields if own.pattern]
+            targets.check_patterns(data, patterns, [*chosen, *map(_matched, named)])
         members += _members(row, data, model, found, chosen, named)
     members += _biases(data, model, found, [path for path in paths if path not in also], chosen)
     seed = int(data.get(*row.seed)) if row.seed else None

@@ -58,9 +58,7 @@ def targeted(data: Mapping[str, Any], model: nn.Module, paths: Sequence[str]) ->
         found = _all_linear(model, paths, data)
     else:
         found = [path for path in paths if named(targets or (), path)]
-        layers = data.get("layers_to_transform")
-        if layers is not None and layers != []:
-            layers = [layers] if isinstance(layers, int) else layers
+        if layers := _layers(data):
             found = [path for path in found if _layer(path, data.get("layers_pattern")) in layers]
     if excluded := data.get("exclude_modules"):
         found = [path for path in found if not named(excluded, path)]
@@ -69,17 +67,35 @@ def targeted(data: Mapping[str, Any], model: nn.Module, paths: Sequence[str]) ->
 
 
 def check_named(data: Mapping[str, Any], found: Sequence[str], model: nn.Module, paths: Sequence[str]) -> None:
-    """Raises UserError where an entry of ``target_modules`` names nothing."""
-    targets = data.get("target_modules")
-    names = [] if targets is None or isinstance(targets, str) else list(targets)
-    for name in names:
-        if not any(named([name], path) for path in paths):
-            leaves = {path.rpartition(".")[2] for path in paths if not path.rpartition(".")[2].isdigit()}
-            raise UserError(
-                f"target_modules: {name!r} names no module of {type(model).__name__}: {nearest(name, leaves)}"
-            )
-    if not found:
-        raise UserError(f"target_modules={targets!r} names no module of {type(model).__name__}")
+    """Raises UserError where an entry of ``target_modules``, or of what takes modules from it, names nothing."""
+    targets, of = data.get("target_modules"), type(model).__name__
+    for field in ("target_modules", "exclude_modules"):
+        names = data.get(field) or []
+        for name in [] if isinstance(names, str) else names:
+            if not any(named([name], path) for path in paths):
+                raise UserError(f"{field}: {name!r} names no module of {of}: {nearest(name, _leaves(paths))}")
+    excluded = data.get("exclude_modules")
+    if isinstance(excluded, str) and excluded and not any(named(excluded, path) for path in paths):
+        raise UserError(f"exclude_modules={excluded!r} names no module of {of}: leave it out")
+    held = {_layer(path, data.get("layers_pattern")) for path in paths if named(targets or (), path)}
+    for layer in _layers(data):
+        if layer not in held:
+            known = ", ".join(str(own) for own in sorted(own for own in held if own is not None)) or "none"
+            raise UserError(f"layers_to_transform: no target lies in a layer {layer}: those that have one are {known}")
+    if targets and not found:
+        raise UserError(f"target_modules={targets!r} names no module of {of}")
+
+
+def check_patterns(data: Mapping[str, Any], fields: Collection[str], adapted: Sequence[str]) -> None:
+    """Raises UserError where a pattern gives a value to none of the adapted modules."""
+    for field in fields:
+        for key in data.get(field) or {}:
+            if not any(patterned({key: True}, path, False) for path in adapted):
+                raise UserError(f"{field}: {key!r} names no adapted module: {nearest(key, _leaves(adapted))}")
+
+
+def _leaves(paths: Sequence[str]) -> set[str]:
+    return {leaf for leaf in (path.rpartition(".")[2] for path in paths) if not leaf.isdigit()}
 
 
 def saved_whole(data: Mapping[str, Any], paths: Sequence[str]) -> list[str]:
@@ -138,6 +154,11 @@ def _selected(anatomy: Anatomy, targets: str, kinds: Collection[str]) -> list[st
         return list(dict.fromkeys(place.path for place in anatomy.select(targets, kinds)))
     except UserError:  # a name that is a role of another kind
         return []
+
+
+def _layers(data: Mapping[str, Any]) -> list[int]:
+    layers = data.get("layers_to_transform")
+    return [layers] if isinstance(layers, int) else list(layers or [])
 
 
 def _layer(path: str, pattern: str | Sequence[str] | None) -> int | None:
