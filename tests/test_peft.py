@@ -7,6 +7,7 @@ written here and read by peft. The logits of all three agree within float roundi
 from __future__ import annotations
 
 import copy
+import json
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,11 +16,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from zoo import ZOO, output_of
 
 import deltaworks as dw
 from deltaworks.store.foreign import ConversionWarning
+from deltaworks.store.foreign.peft import CONFIG, WEIGHTS, described
 
 peft = pytest.importorskip("peft")
 
@@ -211,3 +214,52 @@ def test_a_checkpoint_may_say_what_names_nothing(tmp_path: Path) -> None:
     wanted = logits("llama", theirs, inputs)
     dw.load(model, tmp_path)
     agree(wanted, logits("llama", model, inputs))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("rank", [4, 40])
+def test_a_checkpoint_holds_real_numbers(dtype: torch.dtype, rank: int, tmp_path: Path) -> None:
+    model, inputs = ZOO["llama"]()
+    with quiet():
+        trained(model, lora(r=rank)()).save_pretrained(tmp_path)
+    save_file({k: v.to(dtype) for k, v in load_file(tmp_path / WEIGHTS).items()}, tmp_path / WEIGHTS)
+    with quiet():
+        if dtype.is_floating_point:  # rounded, but read as peft does
+            wanted = logits("llama", peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path).eval(), inputs)
+            dw.load(model, tmp_path)
+            agree(wanted, logits("llama", model, inputs))
+            return
+        with pytest.raises(dw.UserError, match="not of real floating-point numbers"):
+            dw.load(model, tmp_path)
+
+
+MALFORMED: dict[str, tuple[Any, str]] = {
+    "r": (None, "r is a whole number"),
+    "lora_alpha": ("four", "lora_alpha is a number"),
+    "target_modules": (5, "target_modules is a regular expression or a list of names"),
+    "rank_pattern": ([1], "rank_pattern is names, each with a whole number"),
+    "alpha_pattern": ({"(": 2}, "alpha_pattern: '\\(' is no regular expression"),
+    "layers_to_transform": ("one", "layers_to_transform is a whole number or a list of them"),
+    "layers_pattern": (["("], "layers_pattern: '\\(' is no regular expression"),
+    "exclude_modules": ("(", "exclude_modules: '\\(' is no regular expression"),
+    "modules_to_save": ([3], "modules_to_save is a list of names"),
+    "trainable_token_indices": (["a"], "trainable_token_indices is a list of whole numbers, or one for each name"),
+    "bias": ("weird", "bias is 'none', 'all' or '..._only'"),
+}
+
+
+@pytest.mark.parametrize("field", MALFORMED)
+def test_malformed_fields_are_named(field: str, tmp_path: Path) -> None:
+    value, message = MALFORMED[field]
+    data = {"peft_type": "LORA", "target_modules": ["q_proj"], "r": 4, field: value}
+    (tmp_path / CONFIG).write_text(json.dumps(data))
+    save_file({}, tmp_path / WEIGHTS)
+    model = ZOO["llama"]()[0]
+    for read in (lambda: dw.attach(model, data), lambda: dw.load(model, tmp_path), lambda: described(tmp_path)):
+        with pytest.raises(dw.UserError, match=message):
+            read()
+
+
+def test_expressions_that_are_none_are_named() -> None:
+    with pytest.raises(dw.UserError, match="target_modules: '\\(q' is no regular expression"):
+        dw.attach(ZOO["llama"]()[0], lora(target_modules="(q")())

@@ -31,7 +31,7 @@ from deltaworks.store.foreign.peft_slots import (
 )
 from deltaworks.store.foreign.peft_written import made_for_twins, written
 from deltaworks.store.foreign.targets import is_tied, module_names
-from deltaworks.store.foreign.tensors import check_fit, read_tensors, write_json, write_tensors
+from deltaworks.store.foreign.tensors import check_fit, read_tensors, widened, write_json, write_tensors
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
@@ -98,6 +98,7 @@ def described(folder: Path) -> dict[str, str]:
 
 def attached(model: nn.Module, data: Mapping[str, Any], tensors: dict[str, Any], path: Path, name: str) -> Delta:
     """Attach what a configuration and the tensors of a file say. Raises UserError as ``read`` does."""
+    tensors = widened(tensors)
     made = plan(data, model, _resized(model, row_of(data).prefix, tensors))
     for own, rows in rows_of(data, model, module_names(model)).items():  # ours are in ascending order
         key = f"{made.row.prefix}{own}{TOKENS}"

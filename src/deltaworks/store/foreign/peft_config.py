@@ -16,6 +16,7 @@ from deltaworks.core.places import Place
 from deltaworks.core.registry import Composition, Config, find
 from deltaworks.core.ties import owners
 from deltaworks.store.foreign import lost, targets
+from deltaworks.store.foreign.peft_fields import check_values
 from deltaworks.store.foreign.peft_matrices import expression, parameters, projections
 from deltaworks.store.foreign.peft_table import TYPES
 from deltaworks.store.foreign.peft_types import Type
@@ -57,14 +58,16 @@ def _plain(value: Any) -> Any:
 
 
 def row_of(data: Mapping[str, Any]) -> Type:
-    """The row of the table that a configuration belongs to. Raises UserError where there is none."""
+    """The row of the table that a configuration belongs to. Raises UserError for none, and for malformed fields."""
     kind = str(data.get("peft_type")).upper()
     rows = [row for row in TYPES if row.peft == kind]
     if not rows:
         held = ", ".join(dict.fromkeys(row.peft for row in TYPES))
         raise UserError(f"peft's {kind} is no method here: of its types there are {held}")
     fitting = [row for row in rows if all(data.get(key) == value for key, value in row.says.items())]
-    return max(fitting, key=lambda row: len(row.says))
+    row = max(fitting, key=lambda row: len(row.says))
+    check_values(row, data)
+    return row
 
 
 def plan(data: Mapping[str, Any], model: nn.Module, kept: Collection[str] = (), *, fresh: bool = False) -> Plan:

@@ -95,6 +95,8 @@ def narrowed(places: Sequence[Slot], tensors: Mapping[str, Tensor]) -> dict[str,
         if first.name.ours != "A" or last is None or not {first.theirs, last.theirs} <= found.keys():
             continue
         A, B = found[first.theirs].flatten(1), found[last.theirs].flatten(1)
+        if not (A.is_floating_point() and B.is_floating_point()):
+            continue
         if len(A) == B.shape[1] and len(A) > (most := min(len(B), A.shape[1])) == first.shape[0]:
             product, eye = B @ A, torch.eye(most, dtype=A.dtype)
             A, B = (product, eye) if most == len(B) else (eye, product)

@@ -54,7 +54,7 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
 def check_fit(path: Path, found: Mapping[str, Tensor], expected: Mapping[str, Sequence[int | None]]) -> None:
     """Compare the tensors of a file with the expected shapes (None: any size).
 
-    Raises UserError that lists what is missing, what has no place and what is of another shape.
+    Raises UserError that lists what is missing, what has no place and what is of another shape or no real number.
     """
     missing = sorted(expected.keys() - found.keys())
     extra = sorted(found.keys() - expected.keys())
@@ -63,13 +63,29 @@ def check_fit(path: Path, found: Mapping[str, Tensor], expected: Mapping[str, Se
         for key, shape in sorted(expected.items())
         if key in found and not _fits(found[key].shape, shape)
     ]
+    unreal = [
+        f"{key} ({str(found[key].dtype).removeprefix('torch.')})"
+        for key in sorted(expected.keys() & found.keys())
+        if not found[key].is_floating_point()
+    ]
     parts = [
         f"{what}: {_listed(names)}"
-        for what, names in (("missing", missing), ("without a place", extra), ("of another shape", misshapen))
+        for what, names in (
+            ("missing", missing),
+            ("without a place", extra),
+            ("of another shape", misshapen),
+            ("not of real floating-point numbers", unreal),
+        )
         if names
     ]
     if parts:
         raise UserError(f"{str(path)!r} does not fit this model; {'; '.join(parts)}")
+
+
+def widened(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors with those of float8, which nothing computes with, as float32."""
+    small = {key for key, value in tensors.items() if value.is_floating_point() and value.itemsize == 1}
+    return {key: value.float() if key in small else value for key, value in tensors.items()}
 
 
 def _fits(shape: Sequence[int], wanted: Sequence[int | None]) -> bool:
