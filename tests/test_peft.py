@@ -118,6 +118,7 @@ CASES: dict[str, tuple[str, Callable[[], Any]]] = {
     "lokr": ("llama", of("LoKr", r=2, alpha=6, target_modules=["q_proj", "up_proj"])),
     "lokr-both": ("llama", of("LoKr", r=1, alpha=3, decompose_both=True, decompose_factor=4)),
     "lokr-whole": ("llama", of("LoKr", r=64, alpha=16, alpha_pattern={"v_proj": 8})),
+    "lokr-whole-conv2d": ("convnet", of("LoKr", r=64, target_modules=["conv1"], use_effective_conv2d=True)),
     "lokr-conv2d": ("convnet", of("LoKr", r=2, alpha=6, target_modules=["stem", "conv1"])),
     "vera": ("llama", of("Vera", r=8, target_modules=["q_proj", "down_proj"], projection_prng_key=5)),
     "vera-conv1d": ("gpt2", of("Vera", r=8, target_modules=["c_attn"], save_projection=False, bias="vera_only")),
@@ -263,3 +264,85 @@ def test_malformed_fields_are_named(field: str, tmp_path: Path) -> None:
 def test_expressions_that_are_none_are_named() -> None:
     with pytest.raises(dw.UserError, match="target_modules: '\\(q' is no regular expression"):
         dw.attach(ZOO["llama"]()[0], lora(target_modules="(q")())
+
+
+class Grouped(nn.Module):
+    """Shapes: [batch, 4, 8, 8] to [batch, 8, 8, 8]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 8, 3, padding=1, groups=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("spec", ["lora[rank=4, targets=conv]", "lora[rank=2, dora=true, targets=conv]"])
+def test_lora_of_grouped_convolutions_is_refused_both_ways(spec: str, tmp_path: Path) -> None:
+    """Theirs sees the channels of all groups, ours is a change of the weight."""
+    with pytest.raises(dw.UserError, match="'conv', a convolution of 2 groups"):
+        dw.attach(Grouped(), spec).save(tmp_path, format="peft")
+    assert not list(tmp_path.iterdir())
+    with quiet():
+        trained(Grouped(), lora(target_modules=["conv"])()).save_pretrained(tmp_path)
+    with pytest.raises(dw.UserError, match="'conv', a convolution of 2 groups"):
+        dw.load(Grouped(), tmp_path)
+
+
+def test_schedules_of_adalora_are_kept_both_ways(tmp_path: Path) -> None:
+    schedule = {"tinit": 3, "tfinal": 5, "deltaT": 2, "beta1": 0.8, "beta2": 0.8}
+    config = peft.AdaLoraConfig(target_modules=["q_proj"], target_r=3, init_r=5, total_step=20, **schedule)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ConversionWarning)
+        delta = dw.attach(ZOO["llama"]()[0], config)
+        delta.save(tmp_path, format="peft")
+    made: Any = delta.config
+    assert (made.warmup, made.final, made.interval, made.beta) == (3, 5, 2, 0.8)
+    written = peft.PeftConfig.from_pretrained(tmp_path)
+    assert {name: getattr(written, name) for name in schedule} == schedule
+    assert "warmup" not in "".join(
+        said_by(lambda: dw.attach(ZOO["llama"]()[0], "adalora").save(tmp_path, format="peft"))
+    )
+    spec = "adalora[warmup=0.2]"
+    assert "warmup=0.2" in "".join(said_by(lambda: dw.attach(ZOO["llama"]()[0], spec).save(tmp_path, format="peft")))
+
+
+def said_by(act: Callable[[], Any]) -> list[str]:
+    """What conversions say in it."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        act()
+    return [str(one.message) for one in said if issubclass(one.category, ConversionWarning)]
+
+
+STARTED: dict[str, tuple[Callable[[], Any], str]] = {
+    "beta2": (of("AdaLora", total_step=10, beta2=0.5), "beta2=0.5 acts in training alone"),
+    "prefix": (prefix(prefix_projection=True, encoder_hidden_size=16), "prefix_projection=True acts in training alone"),
+    "prompt": (
+        lambda: peft.PromptTuningConfig(
+            task_type=CAUSAL,
+            num_virtual_tokens=3,
+            prompt_tuning_init="TEXT",
+            prompt_tuning_init_text="sort",
+            tokenizer_name_or_path="none",
+        ),
+        "prompt_tuning_init='TEXT' acts in training alone",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", STARTED)
+def test_starts_that_differ_are_said(case: str) -> None:
+    configured, message = STARTED[case]
+    assert message in said_by(lambda: dw.attach(ZOO["llama"]()[0], configured()))[0]
+
+
+@pytest.mark.parametrize("kind", ["LoHa", "LoKr"])
+def test_factors_of_kernels_are_refused_by_their_option(kind: str, tmp_path: Path) -> None:
+    config = of(kind, r=1, target_modules=["conv1"], use_effective_conv2d=True)()
+    with pytest.raises(dw.UserError, match="use_effective_conv2d=True at 'blocks"):
+        dw.attach(ZOO["convnet"]()[0], config)
+    with quiet():
+        trained(ZOO["convnet"]()[0], config).save_pretrained(tmp_path)
+    with pytest.raises(dw.UserError, match="use_effective_conv2d=True at 'blocks"):
+        dw.load(ZOO["convnet"]()[0], tmp_path)

@@ -34,6 +34,8 @@ from deltaworks.store.foreign.targets import is_tied, module_names
 from deltaworks.store.foreign.tensors import check_fit, read_tensors, widened, write_json, write_tensors
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+KERNELS = (".hada_t1", ".hada_t2", ".lokr_t2")
+"""The factors that ``use_effective_conv2d`` makes of kernels."""
 
 
 def recognises(folder: Path) -> bool:
@@ -58,6 +60,9 @@ def translated(model: nn.Module, spec: Any, seed: int) -> tuple[Config, list[str
         lost("init_lora_weights='gaussian': here A starts uniform, as nn.Linear does")
     elif start not in row.starts:
         raise UserError(f"peft's start {start!r} is not held for {row.peft}: choose one of {row.starts}")
+    for field, value in row.begins.items():
+        if data.get(field, value) != value:
+            lost(f"{field}={data[field]!r} acts in training alone and is not held for {row.peft}: here it is {value!r}")
     if data.get("target_modules") is None and not row.whole:
         data["target_modules"] = [] if data.get("target_parameters") else usual_targets(model, row)
     made = plan(data, model, fresh=True)
@@ -99,6 +104,8 @@ def described(folder: Path) -> dict[str, str]:
 def attached(model: nn.Module, data: Mapping[str, Any], tensors: dict[str, Any], path: Path, name: str) -> Delta:
     """Attach what a configuration and the tensors of a file say. Raises UserError as ``read`` does."""
     tensors = widened(tensors)
+    if not any(key.endswith(KERNELS) for key in tensors):  # the option made none
+        data = {key: value for key, value in data.items() if key != "use_effective_conv2d"}
     made = plan(data, model, _resized(model, row_of(data).prefix, tensors))
     for own, rows in rows_of(data, model, module_names(model)).items():  # ours are in ascending order
         key = f"{made.row.prefix}{own}{TOKENS}"

@@ -8,6 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from deltaworks.core.errors import UserError
 from deltaworks.core.weights import base_tensors, matrix_of
 from deltaworks.store.foreign import lost
 from deltaworks.store.foreign.peft_types import Field, Name, Shape, Spot, Type, at, reshaped, under
@@ -19,12 +20,28 @@ def kernel(shape: Shape, spot: Spot) -> Shape:
     return (shape[0], -1 if shape[1] is None else shape[1] // _area(spot), *spot.module.kernel_size)
 
 
+def _ungrouped(shape: Shape, spot: Spot) -> Shape:
+    """The same for LoRA: of a convolution with groups, theirs sees the channels of all of them."""
+    _check_groups(spot.module, spot.place.path)
+    return kernel(shape, spot)
+
+
+def _check_groups(module: Any, path: str) -> None:
+    groups = getattr(module, "groups", 1)
+    if groups != 1:
+        raise UserError(
+            f"peft's LORA at {path!r}, a convolution of {groups} groups, adds between groups, where "
+            "the weight has nothing: leave it out of the targets, or merge"
+        )
+
+
 def _area(spot: Spot) -> int:
     return int(spot.module.kernel_size[0] * spot.module.kernel_size[1])
 
 
 def _lora(data: Mapping[str, Any], place: Any, model: Any) -> dict[str, Any]:
     """What a place takes of it: no more ranks than its weight has, and for DoRA dropout at linear layers alone."""
+    _check_groups(model.get_submodule(place.path), place.path)
     options: dict[str, Any] = {}
     rank = patterned(data.get("rank_pattern") or {}, place.path, data.get("r", 8))
     most = min(matrix_of(place, base_tensors(model.get_submodule(place.path))[place.parameter]).shape)
@@ -57,7 +74,7 @@ LORA = Type(
             names=under(A="lora_A.weight", B="lora_B.weight", magnitude="lora_magnitude_vector"),
         ),
         "conv2d": (
-            Name("A", "{path}.lora_A.weight", kernel),
+            Name("A", "{path}.lora_A.weight", _ungrouped),
             Name("B", "{path}.lora_B.weight", reshaped(after=2)),
             Name("magnitude", "{path}.lora_magnitude_vector", reshaped(1, after=2)),
         ),
@@ -79,16 +96,29 @@ def _adalora(data: Mapping[str, Any], place: Any, model: Any) -> dict[str, Any]:
     end, start = data.get("target_r", 8), data.get("init_r", 12)
     alpha = data.get("lora_alpha", 8)
     alpha = alpha if alpha > 0 else start
-    return {"rank": end, "initial": start / end, "alpha": alpha * end / (start + 1e-5)}
+    if data.get("beta2", 0.85) != data.get("beta1", 0.85):
+        lost(f"beta2={data['beta2']!r} acts in training alone: here both averages go by beta1")
+    steps = {"warmup": data.get("tinit", 0), "final": data.get("tfinal", 0), "interval": data.get("deltaT", 1)}
+    return {"rank": end, "initial": start / end, "alpha": alpha * end / (start + 1e-5), **steps}
 
 
 def _adalora_written(items: list[Any], chosen: Any) -> dict[str, Any]:
+    """A schedule in steps is theirs too; of one in shares of a run, the next training says the steps."""
     config = items[0].tuner.config
+    for name in ("warmup", "final"):
+        share = getattr(config, name)
+        if 0 < share < 1 and share != getattr(type(config)(), name):
+            lost(f"{name}={share!r}, a share of the run, acts in training alone and peft's ADALORA counts steps")
+    warmup, final = int(config.warmup), int(config.final)
     return {
         "target_r": config.rank,
         "init_r": config.start,
         "lora_alpha": config.alpha * (config.start + 1e-5) / config.rank,
-        "total_step": 1,  # peft asks for one; the schedule is that of the next training
+        "tinit": warmup,
+        "tfinal": final,
+        "deltaT": config.interval,
+        "beta2": config.beta,
+        "total_step": warmup + final + 1,  # peft asks for more than the two
     }
 
 
@@ -122,18 +152,28 @@ ADALORA = Type(
         ),
     ),
     site=_adalora,
-    sited=("target_r", "init_r", "lora_alpha"),
+    sited=("target_r", "init_r", "lora_alpha", "tinit", "tfinal", "deltaT", "beta2"),
     written=_adalora_written,
     training=("lora_dropout",),
     idle=(
-        "r", "tinit", "tfinal", "deltaT", "beta2", "total_step", "rank_pattern", "use_rslora", "qalora_group_size",
-        "megatron_core", "ensure_weight_tying",
+        "r", "total_step", "rank_pattern", "use_rslora", "qalora_group_size", "megatron_core", "ensure_weight_tying",
     ),
-    unsaid=("warmup", "final", "interval"),
     bias="lora_only",
 )  # fmt: skip
 
 # ---- products of factors ------------------------------------------------------------------------------------------
+
+
+def _flat(data: Mapping[str, Any], place: Any, model: Any) -> dict[str, Any]:
+    """No options: a kernel that theirs has as a factor of its own is refused."""
+    size = getattr(model.get_submodule(place.path), "kernel_size", (1, 1))
+    if data.get("use_effective_conv2d") and set(size) != {1}:
+        raise UserError(
+            f"use_effective_conv2d=True at {place.path!r} makes a factor of the kernel, which is not held here: "
+            "turn it off"
+        )
+    return {}
+
 
 LOHA = Type(
     "LOHA",
@@ -141,7 +181,8 @@ LOHA = Type(
     fields=(Field("rank", "r", 8, "rank_pattern"), Field("alpha", "alpha", 8, "alpha_pattern")),
     names=at("linear", "conv2d", names=under(B1="hada_w1_a", A1="hada_w1_b", B2="hada_w2_a", A2="hada_w2_b")),
     training=("rank_dropout", "module_dropout"),
-    idle=("use_effective_conv2d",),
+    site=_flat,
+    sited=("use_effective_conv2d",),
 )
 
 
@@ -191,7 +232,9 @@ LOKR = Type(
     ),
     names={"linear": _lokr(reshaped()), "conv2d": _lokr(kernel)},
     training=("rank_dropout", "module_dropout"),
-    idle=("use_effective_conv2d", "rank_dropout_scale"),
+    site=_flat,
+    sited=("use_effective_conv2d",),
+    idle=("rank_dropout_scale",),
     holds=lambda tuner: tuner.config.alpha > 0,
 )
 

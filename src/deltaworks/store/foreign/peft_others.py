@@ -222,6 +222,7 @@ PROMPT_TUNING = Type(
     shaped=("position", "kept"),
     holds=lambda tuner: tuner.position == 0,
     starts=(True,),
+    begins={"prompt_tuning_init": "SAMPLE_VOCAB"},
     whole=True,
 )  # fmt: skip
 
@@ -284,5 +285,6 @@ PREFIX_TUNING = Type(
     shaped=("shifted",),
     holds=lambda tuner: tuner.config.shifted and tuner.config.init == "random",
     starts=(True, None),
+    begins={"prefix_projection": False},
     whole=True,
 )  # fmt: skip

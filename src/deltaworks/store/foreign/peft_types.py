@@ -75,6 +75,7 @@ class Type:
         bias: the value of ``bias`` for the biases of adapted modules, where the type trains biases.
         holds: whether the type can say a tuner of ours.
         starts: the values of their field for the start under which ours starts as theirs does.
+        begins: more fields that act in training alone, and the value of theirs that ours trains by.
         whole: it stands around the model, so it has no ``target_modules``.
         made: only what the method has made is stored, which another method of ours holds; it cannot be attached afresh.
     """
@@ -95,6 +96,7 @@ class Type:
     bias: str | None = None
     holds: Callable[[Any], bool] = lambda tuner: True
     starts: tuple[Any, ...] = (True,)
+    begins: Mapping[str, Any] = field(default_factory=dict)
     whole: bool = False
     made: bool = False
 
