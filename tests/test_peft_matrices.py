@@ -160,3 +160,10 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         assert not [module for module in model.modules() if "_board" in module.__dict__]
     with pytest.raises(dw.UserError, match=r"target_parameters: 'experts.middle' names no matrix here"):
         dw.attach(model, peft.LoraConfig(target_modules=[], target_parameters=["experts.middle"]))
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_vllm_has_no_names_for_experts(rank: int | None, tmp_path: Path) -> None:
+    delta = dw.attach(build("mixtral"), "lora[rank=2, targets=experts]")
+    with pytest.raises(dw.UserError, match=r"vLLM has no names for experts, and .* merge instead"):
+        delta.save(tmp_path, format="vllm", rank=rank)

@@ -103,7 +103,9 @@ def factors_alone(delta: Delta, rank: int | None, reader: str, kinds: tuple[str,
     """The adapter as A and B by path. Raises UserError for all that a reader of A and B alone would not see."""
     if any(item.member >= len(delta.members) for item in delta.attached):
         raise UserError(f"{reader} reads no modules that are trained in full ({', '.join(delta.also)}): merge instead")
-    found = lowered(delta, rank)
+    if experts := [item.place.name for item in method_items(delta) if item.place.expert is not None]:
+        raise UserError(f"{reader} has no names for experts, and {experts[0]!r} is of one: merge instead")
+    found = lowered(delta, rank, (*LOWERED, "matrix"))
     if found.biases:
         raise UserError(f"{reader} reads no trained biases, and {next(iter(found.biases))!r} has one: merge instead")
     if odd := [path for path, one in found.weights.items() if one.place.kind not in kinds]:
