@@ -346,3 +346,46 @@ def test_factors_of_kernels_are_refused_by_their_option(kind: str, tmp_path: Pat
         trained(ZOO["convnet"]()[0], config).save_pretrained(tmp_path)
     with pytest.raises(dw.UserError, match="use_effective_conv2d=True at 'blocks"):
         dw.load(ZOO["convnet"]()[0], tmp_path)
+
+
+def test_weights_that_are_tied_and_were_trained_apart_ask_for_an_untied_model(tmp_path: Path) -> None:
+    model, inputs = ZOO["qwen2"]()
+    apart = trained(model, lora(modules_to_save=["embed_tokens", "lm_head"])())
+    wanted = logits("qwen2", apart, inputs)
+    with quiet():
+        apart.save_pretrained(tmp_path / "apart")
+    with pytest.raises(dw.UserError, match=r"lm_head.weight' .* untie them first, by .* tie_word_embeddings=False"):
+        dw.load(copy.deepcopy(model), tmp_path / "apart")
+    untied: Any = copy.deepcopy(model)
+    untied.config.tie_word_embeddings = False
+    untied.lm_head.weight = nn.Parameter(untied.lm_head.weight.detach().clone())
+    dw.load(untied, tmp_path / "apart")
+    agree(wanted, logits("qwen2", untied, inputs))
+
+    tensors = load_file(tmp_path / "apart" / WEIGHTS)
+    tensors["base_model.model.lm_head.weight"] = tensors["base_model.model.model.embed_tokens.weight"].clone()
+    save_file(tensors, tmp_path / "apart" / WEIGHTS)
+    dw.load(model, tmp_path / "apart")
+    with quiet():
+        together = peft.PeftModel.from_pretrained(ZOO["qwen2"]()[0], tmp_path / "apart").eval()
+    agree(logits("qwen2", together, inputs), logits("qwen2", model, inputs))
+
+
+def test_a_model_with_layers_of_peft_is_refused() -> None:
+    theirs: Any = peft.get_peft_model(ZOO["llama"]()[0], lora()())
+    for model in (theirs, theirs.get_base_model()):
+        with pytest.raises(dw.UserError, match=r"holds layers of peft: give what its unload\(\)"):
+            dw.attach(model, "lora")
+    dw.attach(theirs.unload(), "lora")
+
+
+def test_ia3_takes_the_modules_that_peft_takes() -> None:
+    model, other = ZOO["llama"]()[0], ZOO["llama"]()[0]
+    with quiet():
+        theirs = peft.get_peft_model(other, peft.IA3Config())
+    ours = dw.attach(model, peft.IA3Config())
+    placed = {f"base_model.model.{item.place.path}": item.tuner for item in ours.attached}
+    scaled: dict[str, Any] = {name: m for name, m in theirs.named_modules() if hasattr(m, "is_feedforward")}
+    assert {name: m.is_feedforward for name, m in scaled.items()} == {n: bool(t.columns) for n, t in placed.items()}
+    with pytest.raises(dw.UserError, match="IA3 needs target_modules"):
+        dw.attach(ZOO["convnet"]()[0], peft.IA3Config())

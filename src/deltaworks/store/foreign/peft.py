@@ -18,7 +18,7 @@ from deltaworks.core.errors import UserError
 from deltaworks.core.registry import Config
 from deltaworks.store.files import check_writable, read_json
 from deltaworks.store.foreign import lost
-from deltaworks.store.foreign.peft_config import STARTS, Plan, as_plain, plan, row_of, rows_of, usual_targets
+from deltaworks.store.foreign.peft_config import STARTS, Plan, as_plain, plan, row_of, rows_of, usual
 from deltaworks.store.foreign.peft_matrices import unstacked
 from deltaworks.store.foreign.peft_slots import (
     TOKENS,
@@ -64,7 +64,12 @@ def translated(model: nn.Module, spec: Any, seed: int) -> tuple[Config, list[str
         if data.get(field, value) != value:
             lost(f"{field}={data[field]!r} acts in training alone and is not held for {row.peft}: here it is {value!r}")
     if data.get("target_modules") is None and not row.whole:
-        data["target_modules"] = [] if data.get("target_parameters") else usual_targets(model, row)
+        data["target_modules"] = [] if data.get("target_parameters") else usual(model, row, "TARGET_MODULES")
+        if data["target_modules"] is None:
+            of = type(model).__name__
+            raise UserError(f"peft's {row.peft} needs target_modules for {of}: name the modules to adapt")
+    if "feedforward_modules" in row.sited and data.get("feedforward_modules") is None:
+        data["feedforward_modules"] = usual(model, row, "FEEDFORWARD_MODULES")
     made = plan(data, model, fresh=True)
     return made.config, made.also, seed if made.seed is None else made.seed, is_tied(data)
 
@@ -131,8 +136,14 @@ def _fill(delta: Delta, path: Path, made: Plan, tensors: dict[str, Any]) -> None
     check_whole(path, needed, tensors)
     delta.restore({slot.ours: slot.read(tensors[slot.theirs]) for slot in needed if slot.ours in stored})
     again = {slot.theirs: slot.current() for slot in needed if slot.ours not in stored} | made_for_twins(delta)
+    saved = {slot.theirs for slot in needed if slot.spot.tuner.config is None}
     for key, value in (copies | {slot.theirs: slot.read(tensors[slot.theirs]) for slot in needed}).items():
         if key in again and not same(again[key], value):
+            if key in saved:
+                raise UserError(
+                    f"{str(path)!r}: {key!r} and the weight that it is tied to were trained apart: untie them first, "
+                    "by loading the model with tie_word_embeddings=False"
+                )
             raise UserError(f"{str(path)!r}: {key!r} is not what its seed, or the weight that it is tied to, makes")
 
 

@@ -223,13 +223,12 @@ def _owns(model: nn.Module, path: str) -> bool:
     return any(parameter is not None for parameter in model.get_submodule(path)._parameters.values())
 
 
-def usual_targets(model: nn.Module, row: Type) -> list[str]:
-    """The modules that peft takes for a model of this family where none are named. Raises UserError without it."""
+def usual(model: nn.Module, row: Type, what: str) -> list[str] | None:
+    """The modules that peft takes for a model of this family where a field names none, if it has such."""
     family = getattr(getattr(model, "config", None), "model_type", None)
     try:
-        from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as usual
+        from peft.utils import constants
     except ImportError:
-        usual = {}
-    if family not in usual or row.peft != "LORA":
-        raise UserError(f"peft's {row.peft} needs target_modules for {type(model).__name__}: name the modules to adapt")
-    return list(usual[family])
+        return None
+    known = getattr(constants, f"TRANSFORMERS_MODELS_TO_{row.peft.replace('_', '')}_{what}_MAPPING", {})
+    return list(known[family]) if family in known else None
