@@ -89,7 +89,7 @@ def check_values(row: Type, data: Mapping[str, Any]) -> None:
 def _check(row: Type, data: Mapping[str, Any], field: str, kind: Kind, *, empty: bool) -> None:
     value = data.get(field)
     if field in data and not (empty and value is None) and not kind.holds(value):
-        raise UserError(f"peft's {row.peft} with {field}={str(value)[:60]!r}: {field} is {kind.words}")
+        raise UserError(f"peft's {row.peft} with {field}={value!r:.60}: {field} is {kind.words}")
 
 
 def _expressions(data: Mapping[str, Any], patterns: Mapping[str, Kind]) -> Iterator[tuple[str, str, str]]:
