@@ -274,3 +274,20 @@ def test_a_foreign_checkpoint_is_refused(tmp_path: Path) -> None:
     trainer.save_model(str(tmp_path / "final"))
     with pytest.raises(UserError, match="finished adapter"):
         trainer_of(tmp_path / "third", "lora[rank=2]").train(resume_from_checkpoint=str(tmp_path / "final"))
+
+
+def test_only_an_adapter_that_acts_is_trained(tmp_path: Path) -> None:
+    model, _ = ZOO["bert"]()
+    with pytest.raises(dw.UserError, match=r"was given a BertForSequenceClassification: .* dw\.attach\(\) returns"):
+        dw.DeltaTrainer(model, arguments(tmp_path))  # type: ignore[arg-type]
+    first = dw.attach(model, "lora", name="first")
+    first.merge()
+    with pytest.raises(dw.UserError, match=r"'first' is merged, .*: unmerge\(\) it first"):
+        dw.DeltaTrainer(first, arguments(tmp_path))
+    first.unmerge()
+    second = dw.attach(model, "lora", name="second")
+    with pytest.raises(dw.UserError, match=r"'first' is resting, .*: dw\.switch\(model, 'first'\) first"):
+        dw.DeltaTrainer(first, arguments(tmp_path))
+    second.detach()
+    with pytest.raises(dw.UserError, match=r"'second' is detached, .*: attach it first"):
+        dw.DeltaTrainer(second, arguments(tmp_path))

@@ -284,7 +284,7 @@ class Delta:
         """Take the adapter off; the base is bit-identical to what it was, and this handle is spent."""
         if self.merged:
             self.unmerge()
-        if self.board.deltas.get(self.name) is not self:
+        if self.state == "detached":
             raise UserError(f"adapter {self.name!r} is detached already")
         uninstall(self)
 
@@ -328,7 +328,13 @@ class Delta:
 
         return push_delta(self, repo_id, **options)
 
+    @property
+    def state(self) -> str:
+        """What it does now: "acting", "resting" (another one acts), "merged" or "detached"."""
+        if self.board.deltas.get(self.name) is not self:
+            return "detached"
+        return "merged" if self.merged else "acting" if self.name in self.board.active else "resting"
+
     def __repr__(self) -> str:
-        state = "merged" if self.merged else "acting" if self.name in self.board.active else "resting"
-        sites = f"{len(self.attached)} sites, {state}"
+        sites = f"{len(self.attached)} sites, {self.state}"
         return f"Delta({self.name!r}: {self.config} on {type(self.model).__name__}, {sites})"

@@ -52,6 +52,16 @@ class DeltaTrainerMixin(Base):
     """
 
     def __init__(self, delta: Delta, *args: Any, **options: Any) -> None:
+        if not isinstance(delta, Delta):
+            raise UserError(
+                f"{type(self).__name__} trains an adapter and was given a {type(delta).__name__}: "
+                "its first argument is what dw.attach() returns"
+            )
+        if delta.state != "acting":
+            mend = {"resting": f"dw.switch(model, {delta.name!r})", "merged": "unmerge() it", "detached": "attach it"}
+            raise UserError(
+                f"adapter {delta.name!r} is {delta.state}, so nothing would train: {mend[delta.state]} first"
+            )
         self.delta = delta
         bound = inspect.signature(super().__init__).bind_partial(delta.model, *args, **options)
         if bound.arguments.get("peft_config") is not None:
