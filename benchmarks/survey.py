@@ -78,6 +78,13 @@ def summary(comparisons: Sequence[Comparison]) -> Iterator[str]:
         yield f"| {name} | {' | '.join(cells)} | {show_count(counts.trainable)} | {show_bytes(counts.stored_bytes)} |"
 
 
+def at_the_edge(comparison: Comparison) -> int:
+    """How many methods took the highest learning rate of their search."""
+    searched = [(entry, run) for entry in comparison.scored for run in entry.runs if run.learning_rates]
+    found = {id(e) for e, run in searched if run.learning_rate == max(trial.rate for trial in run.learning_rates)}
+    return len(found)
+
+
 def details(comparison: Comparison) -> Iterator[str]:
     """Everything else that was measured of one world."""
     yield f"## {world(comparison)}"
@@ -86,7 +93,9 @@ def details(comparison: Comparison) -> Iterator[str]:
     yield (
         f"{run.steps} steps of {run.batch_size}; {plural(comparison.test_examples or 0, 'test row')}; "
         f"{comparison.metric} in per cent, with half of the 95 % interval; "
-        f"{show_seconds(comparison.cost_seconds or 0)} of runs."
+        f"{show_seconds(comparison.cost_seconds or 0)} of runs. "
+        f"{at_the_edge(comparison)} of {plural(len(comparison.scored), 'method')} chose the highest rate that they "
+        "tried: the more do, the more the order is that of one short search."
     )
     yield ""
     yield "| rank | method | score | sd | rate | peak memory | training, samples/s | rank of change | forgetting |"
@@ -176,7 +185,9 @@ def page(records: Sequence[Record]) -> Iterator[str]:
         f"{plural(len(records), 'run')} on {records[0].hardware}: {show_seconds(seconds)} of runs, "
         f"{show_seconds(work)} of one core. Made by `deltaworks compare --protocol survey-small`; this page by "
         f"[benchmarks/survey.py](../survey.py), [survey-small/report.html](survey-small/report.html) by "
-        f"`deltaworks report`. In brackets the rank: 1 + the number of methods that are clearly better."
+        f"`deltaworks report`. In brackets the rank: 1 + the number of methods that are clearly better. Trained and "
+        "stored are of the first model. Memory and times are those of the days of the runs, a third of which came "
+        "before the lean layers."
     )
     yield ""
     yield from summary(comparisons)

@@ -384,6 +384,23 @@ def test_a_configuration_file_will_do(bert: str, tmp_path: Path) -> None:
         plan(str(file))
 
 
+@pytest.mark.parametrize(
+    ("family", "task"), [("llama", "causal"), ("t5", "classification"), ("bert", "classification")]
+)
+def test_what_a_bare_configuration_does_not_say(family: str, task: str, tmp_path: Path) -> None:
+    """Neither a task nor the tokens that a tokenizer would give."""
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "vocab_size": 64}
+    shape = {"d_model": 32, "d_ff": 64, "num_heads": 4, "d_kv": 8, "vocab_size": 64} if family == "t5" else small
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"model_type": family, "num_hidden_layers": 2, "num_layers": 2, **shape}))
+    assert plan(str(file)).task == task
+    if family == "t5":  # which counts the ends of sentences
+        with pytest.raises(UserError, match="the task classification decides by values"):
+            plan(str(file), task="classification")
+    else:
+        assert plan(str(file), task="classification").peak_bytes > 0
+
+
 def test_pictures() -> None:
     found = plan("tiny-vit")
     assert (found.task, found.head) == ("images", 64 * 2 + 2)

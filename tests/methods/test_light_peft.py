@@ -487,7 +487,7 @@ def test_what_it_refuses(family: str, spec: str, sentence: str) -> None:
 def test_norms_over_all_heads_and_quantized_weights_are_refused() -> None:
     import transformers as hf
 
-    settings = {**zoo._DECODER, "num_key_value_heads": 4}
+    settings = {**zoo.DECODER, "num_key_value_heads": 4}
     olmo = hf.Olmo2ForCausalLM(hf.Olmo2Config(**settings))
     with pytest.raises(dw.UserError, match="normalizes them together"):
         heads(olmo, dw.anatomy(olmo))

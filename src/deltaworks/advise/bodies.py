@@ -118,7 +118,10 @@ def from_config(config: Any, task: str | None, name: str, labels: list[str], dty
         trained_for = " ".join(getattr(config, "architectures", None) or [])
         words = {"causal": "CausalLM LMHeadModel", "seq2seq": "ConditionalGeneration", "images": "ImageClassification"}
         said = (key for key, ends in words.items() if key in able and any(end in trained_for for end in ends.split()))
-        task = next(said, able[0] if able else None)
+        # a configuration alone may not say it: then what has a decoder writes, and what fills gaps classifies
+        fills = trained_for or type(config) in transformers.AutoModelForMaskedLM._model_mapping
+        writes = [] if fills else [each for each in ("seq2seq", "causal") if each in able]
+        task = next(said, next(iter(writes + able), None))
     if task not in able:
         raise UserError(
             f"{name} is a model of the family {config.model_type!r}, which cannot do the task {task!r}; "
@@ -128,6 +131,9 @@ def from_config(config: Any, task: str | None, name: str, labels: list[str], dty
         vars(config).update(models._label_maps(labels))
     if getattr(config, "use_cache", False):
         config.use_cache = False
+    for token in ("pad_token_id", "decoder_start_token_id"):  # which the tokenizer gives in training
+        if getattr(config, token, None) is None:
+            setattr(config, token, 0)
     model = models.explained(name, autos[task].from_config, config, dtype=models.DTYPES[dtype])
     return Body(model.train(), task, name, fresh_head(model) if task in models.LABELLED else [])
 

@@ -113,7 +113,12 @@ def estimate(
     if quantize is not None:
         quantize_body(body, quantize, double_quantization)
     parameters = sum(map(entries, body.model.parameters()))
-    run = rehearse(body, config, batch, length, machine.device, checkpointing)
+    try:
+        run = rehearse(body, config, batch, length, machine.device, checkpointing)
+    except NotImplementedError as error:  # torch has no answer without values
+        raise UserError(
+            f"{body.name} with the task {body.task} decides by values, which a plan has none of: give another --task"
+        ) from error
     phase = max(run.peaks, key=lambda name: run.peaks[name])
     step, forward = (machine.seconds(each, dtype) for each in (run.training, run.inference))
     return Estimate(

@@ -8,6 +8,7 @@ from types import TracebackType
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import TaskID
 from rich.table import Table
 
@@ -110,13 +111,13 @@ def score_table(comparison: Comparison) -> Table:
 def _cells(comparison: Comparison, entry: Entry) -> list[str]:
     run = entry.any_run
     if entry.score is None:
-        return [entry.label, run.status, "", "", "", "", ""]
+        return [escape(entry.label), run.status, "", "", "", "", ""]
     score = comparison.show(entry.score)
     if entry.interval is not None and comparison.split == "test":
         score += f" ± {50 * (entry.interval[1] - entry.interval[0]):.1f}" if entry.is_proportion else ""
     speed, memory = entry.training_samples_per_second, entry.peak_memory_bytes
     return [
-        entry.label,
+        escape(entry.label),
         score,
         show_count(run.counts.trainable),
         show_bytes(run.counts.stored_bytes),
