@@ -384,9 +384,7 @@ def test_a_configuration_file_will_do(bert: str, tmp_path: Path) -> None:
         plan(str(file))
 
 
-@pytest.mark.parametrize(
-    ("family", "task"), [("llama", "causal"), ("t5", "classification"), ("bert", "classification")]
-)
+@pytest.mark.parametrize(("family", "task"), [("llama", "causal"), ("t5", "seq2seq"), ("bert", "classification")])
 def test_what_a_bare_configuration_does_not_say(family: str, task: str, tmp_path: Path) -> None:
     """Neither a task nor the tokens that a tokenizer would give."""
     small = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "vocab_size": 64}
