@@ -103,7 +103,7 @@ class Adviser:
     def judge(self, wishes: Wishes, show: int) -> Advice:
         """The list alone."""
         facts = self.situation(wishes)
-        pool = standings(findings(self.records, facts["parameters"], facts["task"]))
+        pool = standings(findings(self.records, facts["parameters"], facts["task"], wishes.storage))
         notes = self._ask(facts, wishes, pool)
         asked = _asked(wishes, pool)
         rungs = self.rungs(facts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,11 +44,14 @@ def read_own(folder: Path) -> list[Record]:
     return records
 
 
-def findings(records: Sequence[Record], parameters: int, task: str | None) -> dict[str, Finding]:
+def findings(
+    records: Sequence[Record], parameters: int, task: str | None, storage: float | None = None
+) -> dict[str, Finding]:
     """By method name, the finding of the comparison nearest to a model of so many parameters and a task.
 
-    Comparisons of other tasks and other size classes are left out; the same model goes before the size class, then the
-    comparison with more runs. Of several configurations of a method the best counts.
+    Comparisons of other tasks and other size classes are left out, and so is what stores more than ``storage`` bytes:
+    who leads is asked among those that may be had. The same model goes before the size class, then the comparison with
+    more runs. Of several configurations of a method the best counts.
     """
     found: dict[str, Finding] = {}
     comparisons = [each for each in compare(records) if task is None or each.any_run.data.task == task]
@@ -56,8 +59,9 @@ def findings(records: Sequence[Record], parameters: int, task: str | None) -> di
         for comparison in comparisons:
             if base_of(comparison.any_run.model.parameters, parameters) != base:
                 continue
-            best = best_group(comparison)
-            for entry in comparison.entries:  # best first
+            within = keeping(comparison, storage=storage)
+            best = [] if within is None else best_group(within)
+            for entry in [] if within is None else within.entries:  # best first
                 found.setdefault(method_of(entry), _finding(comparison, entry, entry in best, base))
     return found
 
@@ -67,6 +71,22 @@ def base_of(measured: int, parameters: int) -> str | None:
     if abs(measured - parameters) <= SAME * parameters:
         return "same"
     return "class" if int(math.log10(max(measured, 1))) == int(math.log10(max(parameters, 1))) else None
+
+
+def keeping(
+    comparison: Comparison, *, memory: float | None = None, storage: float | None = None, among: Set[str] | None = None
+) -> Comparison | None:
+    """The comparison of the entries that keep a constraint, as ``stands_up`` has them; None where there are none."""
+    if memory is storage is among is None:
+        return comparison
+    kept = [
+        entry
+        for entry in comparison.scored
+        if (among is None or method_of(entry) in among)
+        and (memory is None or (entry.peak_memory_bytes or math.inf) <= memory)
+        and (storage is None or entry.any_run.counts.stored_bytes <= storage)
+    ]
+    return compare([run for entry in kept for run in entry.runs])[0] if kept else None
 
 
 def best_group(comparison: Comparison) -> list[Entry]:
@@ -143,16 +163,9 @@ def stands_up(
     verdicts = []
     allowed = None if among is None else set(among)
     for comparison in compare(records):
-        kept = [
-            entry
-            for entry in comparison.scored
-            if (allowed is None or method_of(entry) in allowed)
-            and (memory is None or (entry.peak_memory_bytes or math.inf) <= memory)
-            and (storage is None or entry.any_run.counts.stored_bytes <= storage)
-        ]
-        if not kept:
+        within = keeping(comparison, memory=memory, storage=storage, among=allowed)
+        if within is None:
             continue
-        (within,) = compare([run for entry in kept for run in entry.runs])
         own = next((entry for entry in within.scored if method_of(entry) == method), None)
         best, group = within.scored[0], best_group(within)
         run = comparison.any_run
