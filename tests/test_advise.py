@@ -398,11 +398,13 @@ def test_own_records_outweigh_the_rules() -> None:
         *runs("lora[rank=8]", 0.60),
         *[run.model_copy(update={"status": "failed", "test": None, "message": "boom"}) for run in runs("ia3", 0.5)],
     ]
-    best = Adviser(estimate, own).advise(parse_wishes({"model": "small", "examples": 1000})).options[0]
+    wishes = {"model": "small", "examples": 1000, "batch": own[0].batch_size}
+    best = Adviser(estimate, own).advise(parse_wishes(wishes)).options[0]
     assert best.spec == "houlsby[reduction=8]"  # as it was run
     assert best.rates == [0.0017, 0.005, 0.015]  # around the rate that was chosen
     assert best.measured_peak_bytes == 123_000_000
-    assert best.measured_seconds == pytest.approx(3 * math.ceil(1000 * 3 / 32) * 32 / 171.0)
+    batch = own[0].batch_size
+    assert best.measured_seconds == pytest.approx(3 * math.ceil(1000 * 3 / batch) * batch / 171.0)
     told = {reason.rule: reason for reason in best.reasons}["OWN"]
     assert (told.points, told.text) == (
         6,
@@ -413,6 +415,23 @@ def test_own_records_outweigh_the_rules() -> None:
         "houlsby": ("leader", "same"), "lora": ("behind", "same"), "ia3": ("failed", "same"),
     }  # fmt: skip
     assert findings(own, SIZES["small"], "causal") == {}
+    larger = parse_wishes({**wishes, "batch": 64})
+    assert Adviser(estimate, own).advise(larger).options[0].measured_peak_bytes is None
+
+
+def test_who_leads_is_asked_among_what_may_be_stored() -> None:
+    own = [*runs("full", 0.99), *runs("lora[rank=8]", 0.80), *runs("ia3", 0.60)]
+    sizes = {"full": 90_000_000, "lora": 900_000, "ia3": 90_000}
+    for run in own:
+        run.counts.stored_bytes = sizes[run.method.partition("[")[0]]
+    for storage, expected in (
+        (None, {"full": "leader", "lora": "behind", "ia3": "behind"}),
+        (1e6, {"lora": "leader", "ia3": "behind"}),
+        (1e5, {"ia3": "leader"}),
+        (1e4, {}),
+    ):
+        found = findings(own, SIZES["small"], "classification", storage)
+        assert {name: each.record for name, each in found.items()} == expected
 
 
 def test_records_of_another_size_count_less_and_of_another_class_nothing() -> None:

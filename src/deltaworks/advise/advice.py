@@ -45,7 +45,7 @@ class Option:
     steps: int | None
     seconds: float | None
     reasons: Sequence[Reason]
-    measured_peak_bytes: float | None  # in the user's own runs of the same model
+    measured_peak_bytes: float | None  # in the user's own runs of the same model, in batches of as many rows
     measured_seconds: float | None  # at the throughput of these runs
 
     @property
@@ -251,7 +251,7 @@ class Adviser:
             steps=steps,
             seconds=None if steps is None else steps * found.step_seconds * len(rates),
             reasons=standing.reasons,
-            measured_peak_bytes=None if own is None else own.peak_bytes,
+            measured_peak_bytes=own.peak_bytes if own is not None and own.batch == wishes.batch else None,
             measured_seconds=steps * wishes.batch / speed * len(rates) if steps is not None and speed else None,
         )
 

@@ -25,6 +25,7 @@ class Finding:
     base: str  # same: the same model; class: one of its size class (a factor of ten)
     told: str
     rate: float | None
+    batch: int
     peak_bytes: float | None
     samples_per_second: float | None
 
@@ -115,6 +116,7 @@ def _finding(comparison: Comparison, entry: Entry, leads: bool, base: str) -> Fi
         base=base,
         told=told,
         rate=statistics.median_low(rates) if rates else None,
+        batch=run.batch_size,
         peak_bytes=entry.peak_memory_bytes,
         samples_per_second=entry.training_samples_per_second,
     )

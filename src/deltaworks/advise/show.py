@@ -122,7 +122,7 @@ def _named(option: Option) -> str:
 
 def _needs(option: Option) -> Iterator[str]:
     def beside(measured: float | None, show: Callable[[float], str]) -> str:
-        return f" (as in your runs: {show(measured)})" if measured else ""
+        return f" (your runs, with rows of theirs: {show(measured)})" if measured else ""
 
     yield f"{show_bytes(option.peak_bytes)} of memory" + beside(option.measured_peak_bytes, show_bytes)
     yield f"{show_bytes(option.stored_bytes)} stored"
