@@ -154,7 +154,7 @@ def test_lower_is_better_where_the_metric_says_so() -> None:
     ]
     (found,) = compare(records)
     assert [entry.label for entry in found.entries] == ["B", "A"]
-    assert verdict(records)[0].startswith("B has the lowest score, 12 test perplexity")
+    assert verdict(records)[0].startswith("Of the methods B has the lowest score, 12 test perplexity")
 
 
 def test_without_test_scores_the_validation_scores_are_used_and_said() -> None:
@@ -185,7 +185,7 @@ def test_the_group_its_cheapest_and_the_baselines() -> None:
     ]
     lead, cheapest, full, head, *_ = verdict(records)
     assert lead == (
-        "Big has the highest score, 95.0 % test accuracy, but Small cannot be told apart from it; "
+        "Of the methods Big has the highest score, 95.0 % test accuracy, but Small cannot be told apart from it; "
         "1 method clearly trails."
     )
     assert "Small is the smallest (1.00 K trainable parameters, 0.0044 % of the model)" in cheapest

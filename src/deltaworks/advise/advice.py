@@ -149,6 +149,8 @@ class Adviser:
             "storage_share": storage / (4 * full.parameters),
             "weights_over_memory": 2 * full.parameters / memory,
             "full_over_memory": full.peak_bytes / memory,
+            "memory_over_hardware": memory / full.memory_bytes if wishes.hardware else None,
+            "hardware_has": show_bytes(full.memory_bytes),
         }
         try:
             lora = self.estimate(wishes, "lora", plain)

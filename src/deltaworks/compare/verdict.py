@@ -53,7 +53,7 @@ def _lead(comparison: Comparison) -> str:
         gap = comparison.gap(best.score - runner_up.score)
         return f"{best.label} leads with {score}, {gap} ahead of {runner_up.label}."
     rest = [entry.label for entry in leaders[1:]]
-    opening = f"{best.label} has the highest" if best.higher_is_better else f"{best.label} has the lowest"
+    opening = f"Of the methods {best.label} has the {'highest' if best.higher_is_better else 'lowest'}"
     opening += f" mean, {score}, but " if max(map(_seeds, leaders)) > 1 else f" score, {score}, but "
     if others == 0:
         return f"{opening}none of the {len(leaders)} methods can be told apart from it."
