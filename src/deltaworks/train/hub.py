@@ -40,7 +40,8 @@ def read_hub_dataset(name: str) -> dict[str, Table]:
         if not reachable:
             raise UserError(
                 f"the data set {name!r} is no local file or folder, and the Hugging Face Hub cannot be reached "
-                f"from here and has no cached copy of it; give a local path, for a protocol --data-root, or 'stdlib-docs'"
+                "from here and has no cached copy of it; give a local path (for a protocol: --data-root) or "
+                "'stdlib-docs'"
             ) from error
         raise UserError(f"the data set {name!r} could not be loaded from the Hub: {reason}") from error
     finally:
