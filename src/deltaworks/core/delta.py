@@ -57,12 +57,12 @@ def attach(
     config = configure(method, **options)
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
         raise UserError(f"an adapter's name is made of letters, digits, '-' and '_', unlike {name!r}")
-    if any(type(module).__module__.startswith("peft.") for module in model.modules()):
+    board = board_of(model) or Board()
+    if not board.deltas and any(type(module).__module__.startswith("peft.") for module in model.modules()):
         raise UserError(
             "the model holds layers of peft: give what its unload() or merge_and_unload() returns, of prompts its "
             "get_base_model()"
         )
-    board = board_of(model) or Board()
     if name in board.deltas:
         raise UserError(f"an adapter called {name!r} is there already: detach it or give another name=")
     if any(delta.merged for delta in board.deltas.values()):
